@@ -1,0 +1,119 @@
+"""The ask/tell protocol of iterated attacks.
+
+An attack says which points it wants to see (``ask``), the engine makes the passes, and the attack digests the answer
+(``tell``). The engine owns batching: rows of one attack at different iterations share a batch, done rows leave at once,
+new ones enter. So an attack keeps every number that belongs to a row, its iteration counter included, in its state, a
+dict of tensors whose first dimension is the rows, and never makes a pass of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from arena.rng import Stream
+from arena.selection import Mode
+from arena.surface import Surface
+from arena.threat import Threat
+
+State = dict[str, Tensor]
+
+
+class Unsupported(Exception):
+    """Raised by an attack's factory: it cannot attack this defense or threat model. The row's status is ``unsupported``."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is the same for all rows of one attack in one match."""
+
+    threat: Threat
+    n_classes: int
+    surface: Surface
+    shape: tuple[int, int, int]
+    """(C, H, W)."""
+    stream: Stream
+    """Random numbers; always drawn for the rows' data-set indices, ``state["index"]``."""
+
+    def term(self, head: str) -> int:
+        """Return the position of ``head`` among the terms of an objective: 0 is the logits, heads follow in order.
+
+        ``head`` is a name; ``logits`` or an empty string mean the main output.
+
+        Raises:
+            Unsupported: the surface has no such head.
+        """
+        if head in ("", "logits"):
+            return 0
+        names = list(self.surface.heads)
+        if head not in names:
+            raise Unsupported(f"no head '{head}' on the surface (heads: {', '.join(names) or 'none'})")
+        return 1 + names.index(head)
+
+    @property
+    def terms(self) -> int:
+        """Number of score vectors: the logits and each head."""
+        return 1 + len(self.surface.heads)
+
+
+@dataclass(frozen=True)
+class Query:
+    """Points an attack wants to see."""
+
+    points: Tensor
+    """(N, m, C, H, W): m points for each row."""
+    objective: str | None = None
+    """Name of a function in ``arena.objectives`` (to be increased by the attack), or ``package.module:function``; None: logits only."""
+    weights: Tensor | None = None
+    """(N, terms): the objective is summed over logits and heads with these weights; None: logits only."""
+    target: Tensor | None = None
+    """(N,) class for targeted objectives."""
+    grad: bool | Tensor = False
+    """Whether a gradient of the objective with respect to the points is wanted; bool for all or a bool tensor (N,)."""
+    draws: int = 1
+    """Passes to average over, for random models."""
+    modes: Mapping[str, Mode] | None = None
+    """How named selections choose in this pass; answers of other modes than hard are a surrogate's, not the model's."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the passes showed, detached, in the rows' order."""
+
+    values: Tensor
+    """(N, m) objective; zeros without one."""
+    grad: Tensor | None
+    """(N, m, C, H, W); zero for rows that asked for none; None if no row did."""
+    logits: Tensor
+    """(N, m, K) main logits."""
+    scores: Tensor | None = None
+    """(N, m, terms, K) logits and heads, where the query's weights read heads."""
+
+
+class IteratedAttack(Protocol):
+    """An attack as three pure steps. Made once per match by its spec's ``iterate(setup, **options)``.
+
+    State keys the engine owns and adds: ``x`` (N, C, H, W), ``y`` (N,), ``index`` (N,) data-set indices. Keys the attack
+    must set: ``done`` (N,) bool, the row is finished; ``best`` (N, C, H, W), the point to submit, which for a row that is
+    not broken should still be the attack's strongest point. An attack may set ``claim`` (N,) bool; claims are checked,
+    never believed.
+    """
+
+    def start(self, index: Tensor, x: Tensor, y: Tensor, clean: Tensor) -> State:
+        """Begin rows. ``clean`` (N, terms, K): scores of the clean images. Must not depend on other rows."""
+        ...
+
+    def ask(self, state: State) -> Query:
+        """Say which points to see next."""
+        ...
+
+    def tell(self, state: State, answer: Answer) -> State:
+        """Digest the answer."""
+        ...
+
+    def passes(self) -> tuple[int, int]:
+        """Return the most (forwards, backwards) one row can cost."""
+        ...

@@ -1,0 +1,73 @@
+"""Counter-based random numbers per example: Philox4x32-10 (Salmon et al., SC 2011) in tensor operations.
+
+A number depends only on (seed, attack's canonical name) = the key and (data-set index, restart, step, position) = the
+counter, never on the batch a row happens to sit in. That is what makes outcomes equal across batch sizes, refills,
+resumes and devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> Tensor:
+    """Run ten Philox rounds. Counter words are int64 tensors in [0, 2^32) of one shape; returns int64 (..., 4) in that range."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * _M0, c2 * _M1  # wraps in int64; shift and mask recover both halves of the unsigned product
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    return torch.stack((c0, c1, c2, c3), dim=-1)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """All random numbers of one attack under one seed."""
+
+    key: tuple[int, int]
+
+    @classmethod
+    def of(cls, seed: int, name: str) -> Stream:
+        """Make the stream of ``seed`` (any integer) and the attack's canonical name."""
+        digest = hashlib.sha256(f"{seed}\n{name}".encode()).digest()
+        return cls((int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")))
+
+    def bits(self, rows: Tensor, restart: Tensor | int, step: Tensor | int, count: int) -> Tensor:
+        """Return 32 random bits as int64 (N, count) for data-set indices ``rows`` (N,).
+
+        ``restart`` and ``step`` are integers below 2^32 or one per row, shape (N,).
+        """
+        n, blocks = rows.shape[0], -(-count // 4)
+        grid = torch.zeros(n, blocks, dtype=torch.int64, device=rows.device)
+
+        def word(value: Tensor | int) -> Tensor:
+            if isinstance(value, Tensor):
+                return grid + value.to(grid.dtype).view(-1, 1)
+            return grid + int(value)
+
+        block = grid + torch.arange(blocks, device=rows.device)
+        return philox((word(rows), word(restart), word(step), block), self.key).flatten(1)[:, :count]
+
+    def uniform(self, rows: Tensor, step: Tensor | int, shape: tuple[int, ...], restart: Tensor | int = 0) -> Tensor:
+        """Return float32 numbers in (0, 1), shape (N, *shape)."""
+        bits = self.bits(rows, restart, step, math.prod(shape))
+        return (((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23).view(rows.shape[0], *shape)
+
+    def normal(self, rows: Tensor, step: Tensor | int, shape: tuple[int, ...], restart: Tensor | int = 0) -> Tensor:
+        """Return float32 standard normal numbers, shape (N, *shape), by the inverse of the distribution function."""
+        return torch.special.ndtri(self.uniform(rows, step, shape, restart).double()).float()

@@ -1,0 +1,288 @@
+"""What a plugin author writes: frozen descriptions of defenses, attacks, rosters, data sets and backbones.
+
+Specs name code as ``"package.module:attribute"``, so that registering imports no torch; ``load`` fetches the code when it
+is needed. All specs may gain fields; none will be renamed or removed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from arena.errors import ArenaError, PluginError, nearest
+
+if TYPE_CHECKING:
+    from arena.surface import Surface
+    from arena.threat import Threat
+
+#: An option's value: what may stand in brackets after a name.
+Value = int | float | bool | str | Fraction
+Options = Mapping[str, Value]
+
+NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
+
+
+def load(reference: str) -> Any:
+    """Import ``package.module:attribute``.
+
+    Raises:
+        PluginError: the reference is malformed or the module lacks the attribute. Errors inside the module pass through.
+    """
+    module, _, attribute = reference.partition(":")
+    if not module or not attribute:
+        raise PluginError(f"'{reference}': expected package.module:attribute")
+    found = importlib.import_module(module)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise PluginError(f"'{reference}': {found.__name__} has no attribute '{part}'")
+        found = getattr(found, part)
+    return found
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a defense, backbone or attack."""
+
+    default: Value
+    """Value when the user gives none; its type is the option's type."""
+    help: str
+    """One line, with range and unit."""
+    choices: tuple[str, ...] = ()
+    """Allowed names, for options that take a bare name."""
+    low: float = -math.inf
+    """Smallest allowed number."""
+    high: float = math.inf
+    """Largest allowed number."""
+
+    def check(self, owner: str, name: str, value: Value) -> Value:
+        """Return ``value`` in the option's type.
+
+        Raises:
+            ArenaError: wrong type, out of range or not among the choices.
+        """
+        where = f"{owner}: option '{name}'"
+        if isinstance(self.default, bool):
+            if not isinstance(value, bool):
+                raise ArenaError(f"{where}: expected true or false, got '{text(value)}'")
+            return value
+        if isinstance(self.default, int | float | Fraction):
+            if isinstance(value, bool | str):
+                raise ArenaError(f"{where}: expected a number, got '{text(value)}'")
+            if isinstance(self.default, int):
+                if isinstance(value, Fraction) or value != value or math.isinf(value) or int(value) != value:
+                    raise ArenaError(f"{where}: expected a whole number, got '{text(value)}'")
+                value = int(value)
+            if not self.low <= value <= self.high:
+                raise ArenaError(f"{where}: expected {self.low:g} to {self.high:g}, got '{text(value)}'")
+            return value if isinstance(value, int | Fraction) and isinstance(self.default, int) else _number(value)
+        value = text(value)
+        if self.choices and value not in self.choices:
+            raise ArenaError(
+                f"{where}: expected {' or '.join(self.choices)}, got '{value}'{nearest(value, self.choices)}"
+            )
+        return value
+
+
+def _number(value: int | float | Fraction) -> int | float | Fraction:
+    return value if isinstance(value, Fraction) and value.denominator != 1 else float(value)
+
+
+def text(value: Value) -> str:
+    """Write a value the way the command line reads it: ``true``, ``inf``, ``8/255``, ``0.1``."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return str(value)
+
+
+def canonical(name: str, given: Options) -> str:
+    """Write ``name(option=value,...)`` with options sorted; just ``name`` without options."""
+    inner = ",".join(f"{k}={text(given[k])}" for k in sorted(given))
+    return f"{name}({inner})" if inner else name
+
+
+def complete(owner: str, declared: Mapping[str, Option], given: Options) -> dict[str, Value]:
+    """Fill in defaults and check what was given.
+
+    Raises:
+        ArenaError: unknown option (nearest name given) or a bad value.
+    """
+    for name in given:
+        if name not in declared:
+            known = ", ".join(sorted(declared)) or "none"
+            raise ArenaError(
+                f"{owner}: unknown option '{name}'{nearest(name, declared) or f'; it takes: {known}'}"
+            )
+    return {k: o.check(owner, k, given[k]) if k in given else o.default for k, o in declared.items()}
+
+
+def chosen(declared: Mapping[str, Option], options: Options) -> dict[str, Value]:
+    """Keep only the options that differ from their defaults: what the canonical name shows."""
+    return {k: v for k, v in options.items() if k not in declared or v != declared[k].default}
+
+
+@dataclass(frozen=True)
+class AttackSpec:
+    """An attack: ``iterate`` names an ask/tell class (see ``arena.attack``), ``run`` a plain function.
+
+    A plain function is ``run(target, x, y, threat, budget, rng, **options) -> x_adv``, or ``-> (x_adv, claims)``.
+    Exactly one of the two is given.
+    """
+
+    name: str
+    summary: str
+    """One line for ``arena list attacks``."""
+    norms: tuple[str, ...]
+    """Norms it works under, of ``Linf, L2, L1, L0``."""
+    iterate: str | None = None
+    """``package.module:factory``; called as ``factory(setup, **options)``, returns an ``arena.attack.IteratedAttack``."""
+    run: str | None = None
+    """``package.module:function`` of a plain attack."""
+    paper: str = ""
+    knowledge: str = "white-box"
+    """``white-box | score-based | decision-based | transfer``."""
+    kind: str = "budget"
+    """``budget`` (stays in the ball) or ``minimal`` (looks for the nearest break, judged at eps)."""
+    options: Mapping[str, Option] = field(default_factory=dict)
+    standalone: bool = False
+    """Never cascaded: always starts from all naturally correct points (rows of a sweep)."""
+    sweep: str = ""
+    """Name under which rows of this attack are also reported as one per-example minimum."""
+
+
+#: One line of a roster: an attack's name and its options.
+Entry = tuple[str, Options]
+
+
+@dataclass(frozen=True)
+class RosterSpec:
+    """A named, ordered list of attacks: ``expand(surface, threat, n_classes) -> list[(attack, options)]``."""
+
+    name: str
+    summary: str
+    expand: str
+    """``package.module:function``."""
+    version: str = "1"
+    """Changes whenever the list or a setting changes."""
+    from_surface: bool = False
+    """The list depends on the surface; entries of plugins' ``arena_adaptive_attacks`` hook are added to it."""
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """A data set: ``load() -> arena.datasets.Images``."""
+
+    name: str
+    summary: str
+    load: str
+    """``package.module:function``, no arguments."""
+    norm: str = "Linf"
+    eps: str = "8/255"
+    """Default threat model."""
+    backbone: str = "resnet18"
+    """Default backbone."""
+    cpu: bool = False
+    """Small enough that ``arena match`` may train on it without being asked."""
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """An undefended network with named insertion slots.
+
+    ``build(shape=(C, H, W), n_classes=K, **options) -> nn.Module`` with attributes that are ``nn.Identity`` at each slot.
+    """
+
+    name: str
+    summary: str
+    build: str
+    slots: tuple[str, ...]
+    """Dotted module paths of the ``nn.Identity`` points, in forward order."""
+    options: Mapping[str, Option] = field(default_factory=dict)
+    paper: str = ""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Training settings for one data set (and backbone); every field is part of the model's identity."""
+
+    epochs: int
+    batch: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    milestones: tuple[float, ...] = ()
+    """Epochs at which the rate is multiplied by ``decay``; empty: one-cycle over all steps."""
+    decay: float = 0.1
+    steps: int = 10
+    """Steps of the inner attack."""
+    step_size: str = "1/4"
+    """Step of the inner attack as a fraction of eps."""
+    augment: str = "none"
+    """``none | shift | crop_flip``."""
+
+
+@dataclass(frozen=True)
+class DefenseSpec:
+    """A defense: feature module x recipe, named ``<module>_<recipe>``; a bare recipe is a defense too.
+
+    ``build(backbone: nn.Module, dataset: DatasetInfo, **options) -> nn.Module`` whose ``forward`` in eval mode maps
+    (N, C, H, W) in [0, 1] to logits (N, K), normalisation inside. ``surface(model) -> Surface``.
+    ``recipe(**options) -> Sequence[arena.training.Stage]``; an empty sequence is a post-hoc defense.
+    """
+
+    name: str
+    summary: str
+    build: str
+    recipe: str
+    surface: str | None = None
+    """None: nothing beyond the logits."""
+    paper: str = ""
+    module: str = ""
+    """Feature module's name; empty for a bare recipe."""
+    twin: str = ""
+    """The same recipe without the module (``sat`` for ``fgaa_sat``): shown beside the result."""
+    options: Mapping[str, Option] = field(default_factory=dict)
+    """What changes the trained weights."""
+    eval_options: Mapping[str, Option] = field(default_factory=dict)
+    """What changes only the use of them; set with ``apply(model, **eval_options)``."""
+    apply: str | None = None
+    """``package.module:function(model, **eval_options)``, run on the trained model; needed with eval options."""
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+    """By data set (``digits``) or data set and backbone (``cifar10/wrn34_10``); ``*`` is the fallback."""
+    training_version: int = 1
+    """Raise it when a change of code changes the trained weights."""
+    published: Mapping[str, float] = field(default_factory=dict)
+    """Published percentages by column, for display only."""
+
+
+@dataclass(frozen=True)
+class Indicator:
+    """One sign that a number may not be believed; ``arena_audit`` hooks return these."""
+
+    name: str
+    flag: bool
+    """True: this speaks against the number."""
+    value: float | str | None = None
+    threshold: float | str | None = None
+    evidence: str = ""
+    """What was seen, in one sentence."""
+    remedy: str = ""
+    """What to do or run next."""
+    fatal: bool = False
+    """With ``flag``: the number means nothing (verdict ``void``), not just doubt (``suspect``)."""
+
+    def record(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        keys = ("name", "flag", "value", "threshold", "evidence", "remedy")
+        return {k: getattr(self, k) for k in keys}
+
+
+def expand(roster: RosterSpec, surface: Surface, threat: Threat, n_classes: int) -> list[Entry]:
+    """Call a roster's ``expand`` and make the result a list."""
+    return list(load(roster.expand)(surface, threat, n_classes))
