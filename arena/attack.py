@@ -22,8 +22,8 @@ from arena.threat import Threat
 State = dict[str, Tensor]
 
 
-class Unsupported(Exception):
-    """Raised by an attack's factory: it cannot attack this defense or threat model. The row's status is ``unsupported``."""
+class Unsupported(Exception):  # noqa: N818 (named like the status it leads to)
+    """Raised by an attack's factory: it cannot attack this defense or threat model; the status is ``unsupported``."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Query:
     points: Tensor
     """(N, m, C, H, W): m points for each row."""
     objective: str | None = None
-    """Name of a function in ``arena.objectives`` (to be increased by the attack), or ``package.module:function``; None: logits only."""
+    """Function in ``arena.objectives``, or ``package.module:function``, to be increased; None: logits only."""
     weights: Tensor | None = None
     """(N, terms): the objective is summed over logits and heads with these weights; None: logits only."""
     target: Tensor | None = None
@@ -96,10 +96,10 @@ class Answer:
 class IteratedAttack(Protocol):
     """An attack as three pure steps. Made once per match by its spec's ``iterate(setup, **options)``.
 
-    State keys the engine owns and adds: ``x`` (N, C, H, W), ``y`` (N,), ``index`` (N,) data-set indices. Keys the attack
-    must set: ``done`` (N,) bool, the row is finished; ``best`` (N, C, H, W), the point to submit, which for a row that is
-    not broken should still be the attack's strongest point. An attack may set ``claim`` (N,) bool; claims are checked,
-    never believed.
+    State keys the engine owns and adds: ``x`` (N, C, H, W), ``y`` (N,), ``index`` (N,) data-set indices. Keys the
+    attack must set: ``done`` (N,) bool, the row is finished; ``best`` (N, C, H, W), the point to submit, which for a
+    row that is not broken should still be the attack's strongest point. An attack may set ``claim`` (N,) bool; claims
+    are checked, never believed.
     """
 
     def start(self, index: Tensor, x: Tensor, y: Tensor, clean: Tensor) -> State:

@@ -1,7 +1,7 @@
 """Data sets: the embedded default ``digits``, files (``npz:FILE``) and plugins' sets, all as one ``Images``.
 
-Pictures stay uint8 where they come as uint8 and become float32 in [0, 1] a batch at a time, on the device. Importing this
-module does not import torch: it is an entry point, loaded for every ``arena list``.
+Pictures stay uint8 where they come as uint8 and become float32 in [0, 1] a batch at a time, on the device. Importing
+this module does not import torch: it is an entry point, loaded for every ``arena list``.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def _pictures(where: str, key: str, x: np.ndarray) -> Tensor:
         raise ArenaError(f"{where}: {key} is {x.dtype}, expected uint8 NHWC or float NCHW in [0, 1]")
     if x.shape[1] > 4 and x.shape[3] <= 4:
         raise ArenaError(f"{where}: {key} has shape {x.shape}, float pictures are expected as N, C, H, W")
-    if not np.isfinite(x).all() or x.size and (x.min() < 0 or x.max() > 1):
+    if not np.isfinite(x).all() or (x.size and (x.min() < 0 or x.max() > 1)):
         low, high = (np.nanmin(x), np.nanmax(x)) if x.size else (0, 0)
         raise ArenaError(f"{where}: {key} runs from {low:g} to {high:g}, expected finite values in [0, 1]")
     return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))

@@ -70,9 +70,7 @@ def _needed(target: Tensor | None) -> Tensor:
     return target
 
 
-BUILT_IN: dict[str, Objective] = {
-    f.__name__: f for f in (ce, ce_targeted, margin, margin_targeted, dlr, dlr_targeted)
-}
+BUILT_IN: dict[str, Objective] = {f.__name__: f for f in (ce, ce_targeted, margin, margin_targeted, dlr, dlr_targeted)}
 
 
 def objective(name: str) -> Objective:

@@ -1,8 +1,8 @@
 """Discovery: which defenses, attacks, rosters, data sets and backbones are installed, and from where.
 
 The loop is arena's own. Stock entry-point loading loses all plugins to one error, keeps generators unevaluated and
-swallows misspelt hooks; here each entry point is loaded, and each implementation called, inside its own ``try``. One bad
-plugin is named and left out; the tool goes on.
+swallows misspelt hooks; here each entry point is loaded, and each implementation called, inside its own ``try``. One
+bad plugin is named and left out; the tool goes on.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Registry:
     _manager: pluggy.PluginManager | None = None
 
     def all(self, kind: str) -> list[Registered]:
-        """Return everything of a kind (``defense, attack, roster, dataset, backbone``), built-ins first, then by name."""
+        """Return all of a kind (``defense, attack, roster, dataset, backbone``), built-ins first, then by name."""
         found = [r for entries in self._specs[kind].values() for r in entries]
         return sorted(found, key=lambda r: (r.distribution != BUILT_IN, r.name))
 

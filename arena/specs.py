@@ -1,7 +1,7 @@
 """What a plugin author writes: frozen descriptions of defenses, attacks, rosters, data sets and backbones.
 
-Specs name code as ``"package.module:attribute"``, so that registering imports no torch; ``load`` fetches the code when it
-is needed. All specs may gain fields; none will be renamed or removed.
+Specs name code as ``"package.module:attribute"``, so that registering imports no torch; ``load`` fetches the code when
+it is needed. All specs may gain fields; none will be renamed or removed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def load(reference: str) -> Any:
     """Import ``package.module:attribute``.
 
     Raises:
-        PluginError: the reference is malformed or the module lacks the attribute. Errors inside the module pass through.
+        PluginError: malformed reference, or the module lacks the attribute. Errors inside the module pass through.
     """
     module, _, attribute = reference.partition(":")
     if not module or not attribute:
@@ -116,9 +116,7 @@ def complete(owner: str, declared: Mapping[str, Option], given: Options) -> dict
     for name in given:
         if name not in declared:
             known = ", ".join(sorted(declared)) or "none"
-            raise ArenaError(
-                f"{owner}: unknown option '{name}'{nearest(name, declared) or f'; it takes: {known}'}"
-            )
+            raise ArenaError(f"{owner}: unknown option '{name}'{nearest(name, declared) or f'; it takes: {known}'}")
     return {k: o.check(owner, k, given[k]) if k in given else o.default for k, o in declared.items()}
 
 
@@ -141,7 +139,7 @@ class AttackSpec:
     norms: tuple[str, ...]
     """Norms it works under, of ``Linf, L2, L1, L0``."""
     iterate: str | None = None
-    """``package.module:factory``; called as ``factory(setup, **options)``, returns an ``arena.attack.IteratedAttack``."""
+    """``package.module:factory``; ``factory(setup, **options)`` returns an ``arena.attack.IteratedAttack``."""
     run: str | None = None
     """``package.module:function`` of a plain attack."""
     paper: str = ""
@@ -195,7 +193,7 @@ class DatasetSpec:
 class BackboneSpec:
     """An undefended network with named insertion slots.
 
-    ``build(shape=(C, H, W), n_classes=K, **options) -> nn.Module`` with attributes that are ``nn.Identity`` at each slot.
+    ``build(shape=(C, H, W), n_classes=K, **options) -> nn.Module`` with an ``nn.Identity`` at each slot.
     """
 
     name: str

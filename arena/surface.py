@@ -1,8 +1,8 @@
 """The surface: what a defense declares an attacker may use, and how to read it.
 
-A surface can be declared by the defense, by anyone from outside, or in TOML. Heads and gates are read by forward hooks,
-so the model's ``forward`` stays ``images -> logits``. Paths are module paths with wrappers (``module.``, ``_orig_mod.``)
-stripped.
+A surface can be declared by the defense, by anyone from outside, or in TOML. Heads and gates are read by forward
+hooks, so the model's ``forward`` stays ``images -> logits``. Paths are module paths with wrappers (``module.``,
+``_orig_mod.``) stripped.
 """
 
 from __future__ import annotations
@@ -243,8 +243,8 @@ def selects(model: nn.Module, surface: Surface) -> dict[str, Select]:
 def surface_from_toml(path: Path) -> Surface:
     """Read a surface declared in a file.
 
-    ``random = false``; tables ``[heads.NAME]``, ``[gates.NAME]``, ``[selections.NAME]``, ``[knobs.NAME]`` whose keys are
-    the fields of ``Head``, ``Gate``, ``Selection``, ``Knob``.
+    ``random = false``; tables ``[heads.NAME]``, ``[gates.NAME]``, ``[selections.NAME]``, ``[knobs.NAME]`` whose keys
+    are the fields of ``Head``, ``Gate``, ``Selection``, ``Knob``.
 
     Raises:
         ArenaError: missing file, broken TOML or unknown keys; all unknown keys in one message.
@@ -283,4 +283,10 @@ def surface_from_toml(path: Path) -> Surface:
                 problems.append(f"'{where}' lacks a key (it takes {', '.join(known)})")
     if problems:
         raise ArenaError(f"surface file '{path}': unknown or bad {'; '.join(problems)}")
-    return Surface(**made, random=data.get("random", False))
+    return Surface(
+        heads=made["heads"],
+        gates=made["gates"],
+        selections=made["selections"],
+        knobs=made["knobs"],
+        random=data.get("random", False),
+    )

@@ -1,7 +1,7 @@
 """Threat models: norms, balls, projection, distance, tolerance. The only place with this maths.
 
-A threat model is untargeted, inside the box [0, 1], and a norm ball of radius ``eps`` around the image. ``eps`` is kept as
-the text the user wrote (``8/255``) and as an exact fraction, so that equal questions have equal keys.
+A threat model is untargeted, inside the box [0, 1], and a norm ball of radius ``eps`` around the image. ``eps`` is kept
+as the text the user wrote (``8/255``) and as an exact fraction, so that equal questions have equal keys.
 Importing this module does not import torch.
 """
 
