@@ -1,0 +1,303 @@
+"""Runs attacks: a queue of rows, compaction, refill, exact costs, snapshots.
+
+An iterated attack's rows enter from a queue, share batches at different iterations, and leave the moment they are done.
+Outcomes do not depend on the batch size, because every number a row uses is its own (``arena.attack``, ``arena.rng``).
+"""
+
+from __future__ import annotations
+
+import random
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arena.attack import IteratedAttack, State
+from arena.errors import ArenaError, PluginError
+from arena.rng import Stream
+from arena.target import Target
+from arena.threat import Threat
+
+#: State keys the engine owns beside ``x, y, index``: passes made for each row.
+FORWARDS, BACKWARDS = "_forwards", "_backwards"
+OWNED = ("x", "y", "index", FORWARDS, BACKWARDS)
+
+
+@dataclass
+class Outcome:
+    """What an attack handed over, by row of what it was given; nothing here is believed yet."""
+
+    x_adv: Tensor
+    """(N, C, H, W); the clean image where the attack gave nothing."""
+    attempted: Tensor
+    """(N,) bool: the attack finished the row."""
+    forwards: Tensor
+    """(N,) int64."""
+    backwards: Tensor
+    """(N,) int64."""
+    claim: Tensor
+    """(N,) int8: 1 claimed broken, 0 claimed not, -1 nothing claimed."""
+    moved: bool = False
+    """Some query, or some returned point, differed from x."""
+    malformed: dict[str, int] | None = None
+    """Rows that are no images at all, by kind (wrong shape or dtype)."""
+    error: str = ""
+    """Why the attack stopped, if it crashed."""
+    trace: str = ""
+
+    @classmethod
+    def empty(cls, x: Tensor) -> Outcome:
+        """Make an outcome in which nothing has happened yet."""
+        zeros = torch.zeros(len(x), dtype=torch.int64)
+        return cls(
+            x.clone(), zeros.bool(), zeros.clone(), zeros.clone(), torch.full((len(x),), -1, dtype=torch.int8)
+        )
+
+
+class Keeper(Protocol):
+    """Keeps finished rows and snapshots of one attack, so that a killed run goes on (``arena.journal``)."""
+
+    def restore(self) -> tuple[dict[int, Any], State | None, bool]:
+        """Return finished rows by data-set index, the last snapshot, and whether a query had left x."""
+
+    def finished(self, rows: dict[int, Any], moved: bool) -> None:
+        """Keep finished rows; may buffer until the next snapshot."""
+
+    def due(self) -> bool:
+        """Tell whether a snapshot should be taken now."""
+
+    def snapshot(self, state: State | None, moved: bool) -> None:
+        """Write finished rows and the state of active ones."""
+
+
+class Forgetful:
+    """Keeps nothing."""
+
+    def restore(self) -> tuple[dict[int, Any], State | None, bool]:
+        return {}, None, False
+
+    def finished(self, rows: dict[int, Any], moved: bool) -> None: ...
+
+    def due(self) -> bool:
+        return False
+
+    def snapshot(self, state: State | None, moved: bool) -> None: ...
+
+
+#: One finished row: (x_adv (C, H, W), forwards, backwards, claim).
+Row = tuple[Tensor, int, int, int]
+
+
+def run_iterated(
+    attack: IteratedAttack,
+    target: Target,
+    x: Tensor,
+    y: Tensor,
+    index: Tensor,
+    clean: Tensor | None = None,
+    keeper: Keeper | None = None,
+    progress: Callable[[int], None] | None = None,
+    until: Callable[[], bool] | None = None,
+) -> Outcome:
+    """Drive an ask/tell attack over rows.
+
+    Args:
+        attack: made by its spec's factory.
+        target: the search copy.
+        x: clean images (N, C, H, W) in [0, 1].
+        y: labels (N,).
+        index: data-set indices (N,), keys of the random streams.
+        clean: scores of the clean images (N, terms, K); computed, uncounted, if not given.
+        keeper: where progress is kept.
+        progress: called with the number of finished rows.
+        until: asked now and then; True stops the run with what is known.
+
+    Returns:
+        An ``Outcome``; an exception in the attack is contained and named there.
+    """
+    keeper = keeper or Forgetful()
+    if clean is None:
+        clean = target.clean(x)
+    outcome = Outcome.empty(x)
+    place = {int(i): k for k, i in enumerate(index.tolist())}
+    finished, state, outcome.moved = keeper.restore()
+    for i, row in finished.items():
+        if i in place:
+            _file(outcome, place[i], row)
+    if state is not None:
+        live = torch.tensor([i in place and i not in finished for i in state["index"].tolist()], dtype=torch.bool)
+        state = _keep(state, live) if bool(live.any()) else None
+    active = set(state["index"].tolist()) if state is not None else set()
+    queue = [k for i, k in place.items() if i not in finished and i not in active]
+    done = len(finished)
+    width = target.batch_size
+    try:
+        while queue or state is not None:
+            size = 0 if state is None else len(state["y"])
+            # Refill when an eighth of the batch is free: starting rows one by one costs more than it saves.
+            if queue and (size == 0 or width - size >= max(width // 8, 1)):
+                rows = torch.tensor(queue[: width - size])
+                queue = queue[width - size :]
+                fresh = _begin(attack, index[rows], x[rows], y[rows], clean[rows])
+                state = fresh if state is None else _merge(state, fresh)
+            assert state is not None
+            query = attack.ask(state)
+            if not outcome.moved:
+                outcome.moved = bool((query.points != state["x"].unsqueeze(1)).any())
+            answer = target.answer(query, state["y"])
+            passes = query.points.shape[1] * query.draws
+            forwards, backwards = state[FORWARDS] + passes, state[BACKWARDS]
+            if answer.grad is not None:
+                backwards = backwards + passes * (query.grad if isinstance(query.grad, Tensor) else 1)
+            owned = {"x": state["x"], "y": state["y"], "index": state["index"]}
+            state = {**attack.tell(state, answer), **owned, FORWARDS: forwards, BACKWARDS: backwards}
+            leaving = state["done"]
+            if bool(leaving.any()):
+                rows_done = _finish(state, leaving)
+                for i, row in rows_done.items():
+                    _file(outcome, place[i], row)
+                keeper.finished(rows_done, outcome.moved)
+                done += len(rows_done)
+                state = _keep(state, ~leaving) if len(rows_done) < len(leaving) else None
+                if progress:
+                    progress(done)
+            if keeper.due():
+                keeper.snapshot(state, outcome.moved)
+            if until and until():
+                break
+        keeper.snapshot(state, outcome.moved)
+    except KeyboardInterrupt:
+        keeper.snapshot(state, outcome.moved)
+        raise
+    except ArenaError as e:
+        outcome.error = str(e)
+    except Exception as e:  # the attack's code or the defense's: contained and named
+        outcome.error, outcome.trace = f"{type(e).__name__}: {e}", traceback.format_exc()
+    return outcome
+
+
+def _begin(attack: IteratedAttack, index: Tensor, x: Tensor, y: Tensor, clean: Tensor) -> State:
+    zeros = torch.zeros(len(y), dtype=torch.int64, device=x.device)
+    made = attack.start(index, x, y, clean)
+    return {**made, "x": x, "y": y, "index": index, FORWARDS: zeros, BACKWARDS: zeros.clone()}
+
+
+def _merge(state: State, fresh: State) -> State:
+    if state.keys() != fresh.keys():
+        odd = sorted(state.keys() ^ fresh.keys())
+        raise PluginError(f"the attack's state changed its keys between start and tell: {', '.join(odd)}")
+    return {k: torch.cat((v, fresh[k])) for k, v in state.items()}
+
+
+def _keep(state: State, mask: Tensor) -> State:
+    rows = mask.nonzero().squeeze(1)
+    return {k: v.index_select(0, rows) for k, v in state.items()}
+
+
+def _finish(state: State, leaving: Tensor) -> dict[int, Row]:
+    rows = leaving.nonzero().squeeze(1)
+    best = state["best"].index_select(0, rows)
+    if best.shape[1:] != state["x"].shape[1:] or not best.is_floating_point():
+        raise PluginError(
+            f"state['best'] is {best.dtype} {tuple(best.shape[1:])}, expected float {tuple(state['x'].shape[1:])}"
+        )
+    claims = state["claim"][rows].to(torch.int8).tolist() if "claim" in state else [-1] * len(rows)
+    numbers = zip(
+        state["index"][rows].tolist(), state[FORWARDS][rows].tolist(), state[BACKWARDS][rows].tolist(), claims,
+        strict=True,
+    )
+    return {i: (best[k], f, b, c) for k, (i, f, b, c) in enumerate(numbers)}
+
+
+def _file(outcome: Outcome, k: int, row: Row) -> None:
+    x_adv, forwards, backwards, claim = row
+    outcome.x_adv[k] = x_adv
+    outcome.attempted[k] = True
+    outcome.forwards[k], outcome.backwards[k], outcome.claim[k] = forwards, backwards, claim
+
+
+def run_plain(
+    function: Callable[..., Any],
+    target: Target,
+    x: Tensor,
+    y: Tensor,
+    index: Tensor,
+    threat: Threat,
+    stream: Stream,
+    options: dict[str, Any],
+    keeper: Keeper | None = None,
+    progress: Callable[[int], None] | None = None,
+    chunk: int = 128,
+) -> Outcome:
+    """Call a plain attack ``function(target, x, y, threat, budget, rng, **options)`` a chunk of rows at a time.
+
+    It may return ``x_adv`` or ``(x_adv, claims)``. Global random generators are seeded for each chunk and restored, since
+    wrapped libraries draw from them. Rows of a chunk share its passes: costs are exact in total, spread evenly by row.
+    """
+    keeper = keeper or Forgetful()
+    outcome = Outcome.empty(x)
+    place = {int(i): k for k, i in enumerate(index.tolist())}
+    finished, _, outcome.moved = keeper.restore()
+    for i, row in finished.items():
+        if i in place:
+            _file(outcome, place[i], row)
+    waiting = [k for i, k in place.items() if i not in finished]
+    done = len(finished)
+    for start in range(0, len(waiting), chunk):
+        rows = torch.tensor(waiting[start : start + chunk])
+        clean = x[rows]
+        before = (target.meter.forwards, target.meter.backwards)
+        target.module.expect(clean)
+        try:
+            with _seeded(stream, int(index[rows[0]])):
+                made = function(target, clean.clone(), y[rows].clone(), threat, None, stream, **options)
+        except ArenaError as e:
+            outcome.error = str(e)
+            break
+        except Exception as e:  # a plugin's code: contained and named
+            outcome.error, outcome.trace = f"{type(e).__name__}: {e}", traceback.format_exc()
+            break
+        x_adv, claims = made if isinstance(made, tuple) else (made, None)
+        outcome.moved = outcome.moved or target.module.moved
+        spent = (target.meter.forwards - before[0], target.meter.backwards - before[1])
+        if not isinstance(x_adv, Tensor) or x_adv.shape != clean.shape or not x_adv.is_floating_point():
+            got = f"{x_adv.dtype} {tuple(x_adv.shape)}" if isinstance(x_adv, Tensor) else type(x_adv).__name__
+            outcome.malformed = {"shape": (outcome.malformed or {}).get("shape", 0) + len(rows)}
+            outcome.error = f"returned {got}, expected float {tuple(clean.shape)}"
+            break
+        x_adv = x_adv.detach().to(clean.device, torch.float32)
+        outcome.moved = outcome.moved or bool((x_adv != clean).any())
+        taken: dict[int, Row] = {}
+        for j, k in enumerate(rows.tolist()):
+            cost = [s // len(rows) + (j < s % len(rows)) for s in spent]
+            claim = -1 if claims is None else int(bool(claims[j]))
+            taken[int(index[k])] = (x_adv[j], cost[0], cost[1], claim)
+            _file(outcome, k, taken[int(index[k])])
+        keeper.finished(taken, outcome.moved)
+        keeper.snapshot(None, outcome.moved)
+        done += len(rows)
+        if progress:
+            progress(done)
+    return outcome
+
+
+class _seeded:  # noqa: N801 - a context manager, used like a function
+    """Seed the global generators from a stream, and put them back."""
+
+    def __init__(self, stream: Stream, row: int) -> None:
+        self.seed = int(stream.bits(torch.tensor([row]), 0, 0, 1)[0, 0])
+
+    def __enter__(self) -> None:
+        self.before = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+        random.seed(self.seed)
+        np.random.seed(self.seed)
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *_: object) -> None:
+        random.setstate(self.before[0])
+        np.random.set_state(self.before[1])
+        torch.set_rng_state(self.before[2])
