@@ -136,11 +136,11 @@ class Registry:
         if self._manager is None:
             return
         for implementation in getattr(self._manager.hook, hook).get_hookimpls():
-            plugin = next(p for p in self.plugins if p.entry_point == implementation.plugin_name)
+            plugin = next(p for p in self.plugins if p.module is implementation.plugin)
             given = {k: arguments[k] for k in implementation.argnames if k in arguments}
             try:
                 yield plugin, implementation.function(**given)
-            except Exception as e:  # a plugin's code: named, never fatal
+            except (Exception, SystemExit) as e:  # a plugin's code: named, never fatal
                 self.problems.append(self._problem(plugin, f"{hook} raised {type(e).__name__}: {e}"))
 
     def adaptive(self, surface: Any, threat: Any, n_classes: int) -> list[Entry]:
@@ -163,7 +163,7 @@ class Registry:
             pass
 
     def _problem(self, plugin: Plugin, what: str) -> Problem:
-        return Problem(f"{plugin.distribution} {plugin.version}", plugin.entry_point, what)
+        return Problem(f"{plugin.distribution} {plugin.version}", plugin.entry_point, " ".join(what.split()))
 
     def _listed(self, plugin: Plugin, hook: str, made: Any) -> list[Any]:
         if made is None or isinstance(made, str) or not isinstance(made, Iterable):
@@ -172,7 +172,7 @@ class Registry:
             return []
         try:
             return list(made)  # a generator runs here, inside this try
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             self.problems.append(self._problem(plugin, f"{hook} raised {type(e).__name__}: {e}"))
             return []
 
@@ -183,7 +183,7 @@ class Registry:
             self.problems.append(self._problem(plugin, what))
             return
         kind = next(k for k, t in KINDS.items() if isinstance(spec, t))
-        if not NAME.match(spec.name):
+        if not isinstance(spec.name, str) or not NAME.match(spec.name):
             self.problems.append(self._problem(plugin, f"{kind} name '{spec.name}': expected lower snake_case"))
             return
         if isinstance(spec, AttackSpec) and (spec.run is None) == (spec.iterate is None):
@@ -228,7 +228,7 @@ def discover(wanted: Callable[[str], bool] = lambda distribution: True) -> Regis
             continue  # the same distribution seen twice on the path
         seen[dist.name, ep.name] = ep.value
         if manager.has_plugin(ep.name):
-            owner = next(p for p in registry.plugins if p.entry_point == ep.name)
+            owner = next(p for p in registry.plugins if p.module is manager.get_plugin(ep.name))
             what = f"the entry point's name is taken by {owner.distribution}; name it after the distribution"
             registry.problems.append(registry._problem(plugin, what))
             continue
@@ -248,25 +248,29 @@ def _load(registry: Registry, manager: pluggy.PluginManager, plugin: Plugin, ep:
         return
     plugin.imports_torch = not torch_before and "torch" in sys.modules
     names = [n for n in dir(plugin.module) if n.startswith("arena_")]
+    known = [n for n in vars(hookspecs) if n.startswith("arena_")]
     try:
         manager.register(plugin.module, ep.name)
         manager.check_pending()
-    except pluggy.PluginValidationError as e:
+    except Exception as e:
+        # mostly PluginValidationError; ValueError where two entry points name one module
         if manager.has_plugin(ep.name):
             manager.unregister(name=ep.name)
-        known = [n for n in vars(hookspecs) if n.startswith("arena_")]
         bad = [n for n in names if n not in known and callable(getattr(plugin.module, n))]
         hint = f"; {unknown('hook', bad[0], known)}" if bad else ""
-        registry.problems.append(registry._problem(plugin, f"hook refused: {str(e).splitlines()[-1].strip()}{hint}"))
+        why = (str(e).splitlines() or [type(e).__name__])[-1].strip()
+        registry.problems.append(registry._problem(plugin, f"hook refused: {why}{hint}"))
         return
     plugin.hooks = sorted(h.name for h in manager.get_hookcallers(plugin.module) or [])
+    for name in sorted(set(names) & set(known) - set(plugin.hooks)):
+        registry.problems.append(registry._problem(plugin, f"{name} is never called: mark it with @hookimpl"))
     for group, hook in hookspecs.REGISTRATION.items():
         for implementation in getattr(manager.hook, hook).get_hookimpls():
             if implementation.plugin is not plugin.module:
                 continue
             try:
                 made = implementation.function()
-            except Exception as e:
+            except (Exception, SystemExit) as e:
                 registry.problems.append(registry._problem(plugin, f"{hook} raised {type(e).__name__}: {e}"))
                 continue
             for spec in registry._listed(plugin, hook, made):

@@ -20,7 +20,7 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> Tensor:
-    """Run ten Philox rounds on counter words, int64 tensors in [0, 2^32) of one shape; returns int64 (..., 4), same range."""
+    """Run ten Philox rounds on counter words, int64 tensors in [0, 2^32) of one shape; returns int64 (..., 4)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):

@@ -68,7 +68,7 @@ class Select(nn.Module):
         soft = torch.softmax(scores / t, dim=1)
         if mode.kind == "straight_through":
             hard = torch.nn.functional.one_hot(scores.argmax(1), scores.shape[1]).to(soft.dtype)
-            soft = hard + soft - soft.detach()
+            soft = hard + (soft - soft.detach())  # in this order the forward value is exactly the hard one
         elif mode.kind != "soft":
             raise ValueError(f"Select: unknown mode '{mode.kind}'")
         return torch.tensordot(soft, table, dims=1)
@@ -106,10 +106,11 @@ def supervise(model: nn.Module, y: Tensor) -> Iterator[None]:
 @contextmanager
 def choosing(selects: Mapping[str, Select], modes: Mapping[str, Mode]) -> Iterator[None]:
     """Set modes on the named ``Select`` modules for the duration of one pass."""
-    for name, mode in modes.items():
-        selects[name].mode = mode
+    chosen = [(selects[name], mode) for name, mode in modes.items()]
+    for module, mode in chosen:
+        module.mode = mode
     try:
         yield
     finally:
-        for name in modes:
-            selects[name].mode = HARD
+        for module, _ in chosen:
+            module.mode = HARD

@@ -21,6 +21,7 @@ from arena.errors import ArenaError, nearest
 from arena.selection import Select
 
 WRAPPERS = ("module", "_orig_mod")
+_TYPES: dict[str, tuple[type, ...]] = {"call": (int,), "clean": (int,), "output": (int, str), "values": (list,)}
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
     if path:
         for part in path.split("."):
             found = here._modules.get(part)
+            if found is None and part in WRAPPERS:
+                continue
             if found is None:
                 known = [_strip(name) for name, _ in model.named_modules() if name]
                 raise ArenaError(f"surface: the model has no module '{path}'{nearest(path, known)}")
@@ -162,8 +165,8 @@ class Reader:
         if surface.readout is None:
             points = [("head", k, h) for k, h in surface.heads.items()]
         points += [("gate", k, g) for k, g in surface.gates.items()]
-        for kind, name, point in points:
-            module = submodule(model, point.path)
+        modules = [submodule(model, point.path) for _, _, point in points]  # all found before any is hooked
+        for module, (kind, name, point) in zip(modules, points, strict=True):
             self._handles.append(module.register_forward_hook(self._hook(kind, name, point)))
 
     def _hook(self, kind: str, name: str, point: Head | Gate) -> Callable[[nn.Module, Any, Any], None]:
@@ -173,8 +176,17 @@ class Reader:
         def read(_module: nn.Module, _inputs: Any, out: Any) -> None:
             call = self._calls.get(key, 0)
             self._calls[key] = call + 1
-            if call == point.call:
-                self._seen[key] = out if output is None else out[output]
+            if call != point.call:
+                return
+            if output is not None:
+                try:
+                    out = out[output]
+                except (KeyError, IndexError, TypeError):
+                    raise ArenaError(f"surface: {kind} '{name}' at '{point.path}': no output {output!r}") from None
+            if not isinstance(out, Tensor):
+                got = type(out).__name__
+                raise ArenaError(f"surface: {kind} '{name}' at '{point.path}': expected a tensor, got a {got}")
+            self._seen[key] = out
 
         return read
 
@@ -185,13 +197,16 @@ class Reader:
         heads: dict[str, Tensor] = {}
         if self.surface.readout is not None:
             seen = dict(self.surface.readout(self.model, x))
+            if "logits" not in seen:
+                raise ArenaError(f"surface: readout gives no 'logits'{nearest('logits', seen)}")
             logits = seen.pop("logits")
             heads = {k: seen[k] for k in self.surface.heads if k in seen}
         else:
             logits = self.model(x)
         for name, head in self.surface.heads.items():
             if self.surface.readout is None and ("head", name) in self._seen:
-                heads[name] = self._seen["head", name].flatten(1)
+                found = self._seen["head", name]
+                heads[name] = found.flatten(1) if found.dim() > 2 else found
             if name not in heads:
                 raise ArenaError(f"surface: head '{name}' at '{head.path}' (call {head.call}) never fired")
             if heads[name].shape != logits.shape:
@@ -273,9 +288,11 @@ def surface_from_toml(path: Path) -> Surface:
                 continue
             bad = [k for k in entry if k not in known]
             problems += [f"'{where}.{k}'{nearest(k, known)}" for k in bad]
-            if bad:
+            wrong = [k for k in entry if k in known and type(entry[k]) not in _TYPES.get(k, (str,))]
+            problems += [f"'{where}.{k}' (got {entry[k]!r})" for k in wrong]
+            if bad or wrong:
                 continue
-            if isinstance(entry.get("values"), list):
+            if "values" in entry:
                 entry["values"] = tuple(entry["values"])
             try:
                 made[kind][name] = cls(**entry)

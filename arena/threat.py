@@ -103,10 +103,10 @@ class Threat:
         return d <= self.radius
 
     def project(self, x: Tensor, x_adv: Tensor) -> Tensor:
-        """Bring ``x_adv`` into ball and box around ``x``. Idempotent up to rounding; the result is always ``inside``.
+        """Bring ``x_adv`` into ball and box around ``x``. Idempotent up to rounding; the result is ``inside``.
 
-        Linf and L0 give the nearest point; L2 and L1 project onto the ball and then clip, which for an ``x`` in the box
-        stays in the ball (clipping moves each coordinate towards x).
+        Linf gives the nearest point, L0 too if ``x_adv`` is in the box; L2 and L1 project onto the ball and then clip,
+        which for an ``x`` in the box stays in the ball (clipping moves each coordinate towards x).
         """
         if self.norm == "Linf":
             r = self.radius
