@@ -1,0 +1,93 @@
+"""Built-in attacks and rosters. Importing this module does not import torch."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+from arena.hookspecs import hookimpl
+from arena.specs import AttackSpec, Option, RosterSpec
+
+_BOTH = ("Linf", "L2")
+_LOSSES = ("ce", "margin", "dlr")
+
+
+def _steps(default: int) -> Option:
+    return Option(default, "gradient steps a restart, at least 1", low=1)
+
+
+def _restarts(default: int = 1) -> Option:
+    return Option(default, "runs from different start points, at least 1", low=1)
+
+
+def _step(default: Fraction) -> Option:
+    return Option(default, "step size as a fraction of eps, above 0", low=1e-6, high=100)
+
+
+def _loss(default: str, choices: tuple[str, ...] = _LOSSES) -> Option:
+    return Option(default, f"what is climbed: {', '.join(choices)}", choices=choices)
+
+
+_HEAD = Option("logits", "auxiliary head to attack as if it were the classifier; logits: the model's output")
+
+_PGD = (
+    AttackSpec(
+        "fgsm",
+        "one step of eps along the gradient",
+        _BOTH,
+        iterate="arena_attacks.pgd:fgsm",
+        paper="Goodfellow et al. 2015, arXiv 1412.6572",
+        options={
+            "loss": _loss("ce"),
+            "random_start": Option(False, "start at a random point of the ball"),
+            "head": _HEAD,
+        },
+    ),
+    AttackSpec(
+        "pgd",
+        "projected gradient descent, best iterate kept, restarts",
+        _BOTH,
+        iterate="arena_attacks.pgd:pgd",
+        paper="Madry et al. 2018, arXiv 1706.06083",
+        options={
+            "steps": _steps(20),
+            "restarts": _restarts(),
+            "loss": _loss("ce"),
+            "step": _step(Fraction(1, 4)),
+            "random_start": Option(True, "start at a random point of the ball; else at the image, once"),
+            "head": _HEAD,
+            "eot": Option(1, "passes to average each gradient over, for random models, at least 1", low=1),
+        },
+    ),
+    AttackSpec(
+        "cw_linf",
+        "PGD on each example's own margin, no clamp (the papers' CW, corrected)",
+        ("Linf",),
+        iterate="arena_attacks.pgd:cw_linf",
+        paper="Carlini & Wagner 2017, arXiv 1608.04644",
+        options={"steps": _steps(30), "restarts": _restarts(), "step": _step(Fraction(1, 4)), "head": _HEAD},
+    ),
+    AttackSpec(
+        "lambda_pgd",
+        "one row of the lambda sweep: PGD on loss(logits) + lam * mean loss(heads)",
+        _BOTH,
+        iterate="arena_attacks.pgd:lambda_pgd",
+        paper="lambda_attack sweep of the FGAA paper, table 5",
+        options={
+            "lam": Option(1.0, "weight of the heads, 0 to inf; inf: heads only", low=0, high=math.inf),
+            "head": Option("", "the one head to weigh; empty: the mean over all heads"),
+            "loss": _loss("ce", ("ce", "margin")),
+            "steps": _steps(20),
+            "step": _step(Fraction(1, 10)),
+            "restarts": _restarts(),
+        },
+        standalone=True,
+        sweep="lambda_pgd",
+    ),
+)
+
+
+@hookimpl
+def arena_register_attacks() -> list[AttackSpec | RosterSpec]:
+    """Return the built-in attacks and rosters."""
+    return [*_PGD]

@@ -1,0 +1,122 @@
+"""Opponents with known answers and a short way to drive an attack over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from arena.attack import IteratedAttack, Setup
+from arena.engine import Outcome, run_iterated
+from arena.plugins import registry
+from arena.rng import Stream
+from arena.specs import complete, load
+from arena.surface import Head, Surface
+from arena.target import Target
+from arena.threat import Threat
+
+
+class Curved(nn.Module):
+    """A small smooth network with one auxiliary head, random weights."""
+
+    def __init__(self, shape: tuple[int, int, int], classes: int, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.conv = nn.Conv2d(shape[0], 6, 3, padding=1)
+        self.early = nn.Linear(6, classes)
+        self.last = nn.Linear(6 * shape[1] * shape[2], classes)
+        for p in self.parameters():
+            with torch.no_grad():
+                p.copy_(torch.randn(p.shape, generator=generator) / max(p[0].numel(), 1) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(2 * self.conv(x - 0.5))
+        self.early(hidden.mean((2, 3)))
+        return self.last(hidden.flatten(1)) * 3
+
+
+HEADED = Surface(heads={"early": Head("early")})
+
+
+def flat(shape: tuple[int, int, int], classes: int, seed: int = 0) -> nn.Sequential:
+    """A linear model with random weights."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = nn.Linear(shape[0] * shape[1] * shape[2], classes)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator))
+        layer.bias.copy_(torch.randn(classes, generator=generator) * 0.1)
+    return nn.Sequential(nn.Flatten(), layer)
+
+
+@dataclass
+class Fight:
+    """One attack against one model on fixed rows, labels being the model's own answers."""
+
+    attack: IteratedAttack
+    target: Target
+    threat: Threat
+    x: Tensor
+    y: Tensor
+    index: Tensor
+
+    def run(self, rows: Tensor | None = None, **keywords: Any) -> Outcome:
+        """Let the engine drive the attack over all or some rows."""
+        rows = torch.arange(len(self.y)) if rows is None else rows
+        return run_iterated(self.attack, self.target, self.x[rows], self.y[rows], self.index[rows], **keywords)
+
+    def broken(self, outcome: Outcome) -> Tensor:
+        """Tell which returned points the model misclassifies, bool (N,)."""
+        return self.target.logits(outcome.x_adv).argmax(1) != self.y
+
+    def margins(self, outcome: Outcome) -> Tensor:
+        """Return max_{k != y} z_k - z_y at the returned points, (N,)."""
+        z = self.target.logits(outcome.x_adv)
+        return z.scatter(1, self.y[:, None], -torch.inf).amax(1) - z.gather(1, self.y[:, None]).squeeze(1)
+
+
+@pytest.fixture
+def fight():
+    """Make a ``Fight``: ``fight("pgd", model, shape=..., eps=..., steps=5)``."""
+
+    def make(
+        name: str,
+        model: nn.Module,
+        *,
+        shape: tuple[int, int, int] = (1, 8, 8),
+        n: int = 12,
+        norm: str = "Linf",
+        eps: str = "0.05",
+        surface: Surface | None = None,
+        batch_size: int = 64,
+        low: float = 0.0,
+        high: float = 1.0,
+        **options: Any,
+    ) -> Fight:
+        threat = Threat.parse(norm, eps)
+        surface = surface or Surface()
+        x = low + (high - low) * torch.rand(n, *shape, generator=torch.Generator().manual_seed(3))
+        target = Target(model, surface, 0, batch_size)
+        logits = target.logits(x)
+        target.n_classes = logits.shape[1]
+        spec = registry().get("attack", name).spec
+        stream = Stream.of(0, name)
+        setup = Setup(threat, target.n_classes, surface, shape, stream)
+        attack = load(spec.iterate)(setup, **complete(name, spec.options, options))
+        return Fight(attack, target, threat, x, logits.argmax(1), torch.arange(n) + 100)
+
+    return make
+
+
+@pytest.fixture
+def models():
+    """Return the opponents: ``flat`` (linear), ``curved`` (smooth, one head) and the curved one's surface."""
+
+    class Models:
+        linear = staticmethod(flat)
+        curved = staticmethod(Curved)
+        headed = HEADED
+
+    return Models
