@@ -1,0 +1,82 @@
+"""What every test gets: a home of its own, one torch thread a worker, a data set and a model with known answers."""
+
+from __future__ import annotations
+
+import os
+
+# Several workers on few cores: one thread each, in subprocesses too. Set before torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from arena.datasets import Images
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session_home(tmp_path_factory):
+    """Keep every test away from the user's own home and store."""
+    before = {k: os.environ.pop(k, None) for k in ("ARENA_HOME", "ARENA_STORE", "ARENA_PLUGINS_OFF")}
+    os.environ["ARENA_HOME"] = str(tmp_path_factory.mktemp("arena-home"))
+    yield
+    os.environ.pop("ARENA_HOME")
+    os.environ.update({k: v for k, v in before.items() if v is not None})
+
+
+@pytest.fixture
+def arena_home(tmp_path, monkeypatch) -> Path:
+    """An empty ARENA_HOME for this test alone."""
+    home = tmp_path / "arena-home"
+    monkeypatch.setenv("ARENA_HOME", str(home))
+    return home
+
+
+@pytest.fixture
+def tiny_images() -> Images:
+    """Three classes of 1x4x4 pictures, told apart by which column is bright; 30 for training, 24 for testing."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split(n: int) -> tuple[Tensor, Tensor]:
+        y = torch.arange(n) % 3
+        x = torch.rand(n, 1, 4, 4, generator=generator) * 0.4
+        x[torch.arange(n), 0, :, y] += 0.5
+        return (x * 255).to(torch.uint8), y
+
+    return Images("tiny", *split(30), *split(24), n_classes=3)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear model whose nearest decision boundary is known in closed form."""
+
+    module: nn.Module
+
+    def distance(self, x: Tensor, y: Tensor, norm: str) -> Tensor:
+        """Return the distance of each row to the nearest boundary, float64 (N,); Linf, L2 or L1, ignoring the box."""
+        layer = self.module[1]
+        weight, bias = layer.weight.double(), layer.bias.double()
+        logits = x.double().flatten(1) @ weight.T + bias
+        dual = {"Linf": 1, "L2": 2, "L1": torch.inf}[norm]
+        lead = logits.gather(1, y[:, None]) - logits
+        steep = torch.linalg.vector_norm(weight[y][:, None] - weight[None], ord=dual, dim=2)
+        far = torch.nn.functional.one_hot(y, logits.shape[1]).bool()
+        return (lead / steep).masked_fill(far, torch.inf).amin(1)
+
+
+@pytest.fixture
+def linear() -> Linear:
+    """A linear model over 1x4x4 pictures and 3 classes, fixed weights, eval mode."""
+    generator = torch.Generator().manual_seed(1)
+    layer = nn.Linear(16, 3)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(3, 16, generator=generator))
+        layer.bias.copy_(torch.randn(3, generator=generator) * 0.1)
+    return Linear(nn.Sequential(nn.Flatten(), layer).eval().requires_grad_(False))
