@@ -107,7 +107,7 @@ class Target:
 
     def _mixed(self, query: Query, y: Tensor, wants: Tensor) -> Answer:
         """Answer a query some of whose rows want a gradient: two groups, so that no gradient is wasted."""
-        n, m = query.points.shape[:2]
+        n = len(query.points)
         grad = torch.zeros_like(query.points)
         merged: dict[str, Tensor | None] = {"values": None, "logits": None, "scores": None}
         for group, with_grad in ((wants, True), (~wants, False)):

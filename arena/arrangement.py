@@ -1,0 +1,99 @@
+"""Everything a match needs before it costs anything: a checked question, its points, its key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from arena.datasets import Images, describe, open_images
+from arena.errors import ArenaError
+from arena.lineup import check_entries
+from arena.lineup import describe as describe_entries
+from arena.models import Plan, plan
+from arena.plugins import Registry
+from arena.question import Question, Running
+from arena.results import (
+    SCHEMA,
+)
+from arena.threat import Threat
+
+#: Points of a match unless the user says otherwise; data sets with fewer use all.
+DEFAULT_N = 500
+
+
+@dataclass
+class Arrangement:
+    """Everything a match needs before it costs anything."""
+
+    question: Question
+    entries: tuple[str, ...]
+    images: Images
+    threat: Threat
+    index: Tensor
+    """(n,) data-set indices."""
+    plan: Plan
+    key: str
+    """Hash of the question: equal questions share result, journal and lock."""
+    notes: list[str] = field(default_factory=list)
+
+
+def arrange(question: Question, running: Running, registry: Registry) -> Arrangement:
+    """Check a question and compute its key; trains nothing.
+
+    Raises:
+        ArenaError: anything wrong with the question.
+    """
+    if running.precision != "fp32":
+        raise ArenaError(f"--precision {running.precision}: not yet; the search runs in fp32")
+    if running.batch_size is not None and running.batch_size < 1:
+        raise ArenaError(f"--batch-size {running.batch_size}: expected at least 1")
+    if question.protocol != "standard":
+        raise ArenaError(f"protocol '{question.protocol}': not yet; expected standard")
+    entries = check_entries(question.vs, registry)
+    spec = describe(question.dataset, registry)
+    threat = Threat.parse(question.norm or spec.norm, spec.eps if question.eps is None else question.eps)
+    if question.norm and question.eps is None and threat.norm != spec.norm:
+        raise ArenaError(f"--norm {threat.norm}: give --eps too; the data set's default {spec.eps} is for {spec.norm}")
+    images = open_images(question.dataset, registry)
+    threat.check_shape(images.shape)
+    size = len(images.y_test)
+    index = images.subset(min(DEFAULT_N, size) if question.n is None else question.n)
+    planned = plan(
+        question.defense,
+        dataset=question.dataset,
+        images=images,
+        backbone=question.backbone,
+        train_seed=question.train_seed,
+        threat=threat,
+        checkpoint=question.checkpoint,
+        surface=question.surface,
+        registry=registry,
+    )
+    notes = []
+    missing = images.missing_classes(index)
+    if missing:
+        notes.append(f"no point of class {', '.join(map(str, missing))} among the {len(index)} points")
+    key = _digest(
+        {
+            "schema": SCHEMA,
+            "model": planned.key,
+            "vs": describe_entries(entries, registry),
+            "data": images.sha256,
+            "norm": threat.norm,
+            "eps": str(threat.fraction),
+            "n": len(index),
+            "seed": question.seed,
+            "protocol": question.protocol,
+            "precision": running.precision,
+            "matrix": running.matrix,
+        }
+    )
+    return Arrangement(question, entries, images, threat, index, planned, key, notes)
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

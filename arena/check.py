@@ -1,0 +1,198 @@
+"""The defense check: what a model must keep to before a number about it means anything.
+
+Each rule becomes an ``Indicator``; a broken rule that voids every number is fatal, and the match is not played.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from arena.errors import ArenaError
+from arena.objectives import best_other
+from arena.referee import exact
+from arena.specs import Indicator
+from arena.surface import Reader, Surface, selects
+from arena.target import pad
+
+#: Images of the probe.
+PROBE = 32
+#: Logits of the same batch, seen again, may differ by this share of their spread (order of sums on a GPU).
+DRIFT = 1e-5
+#: Logits of the same row may differ by this share of their spread between neighbours (fp32 rounding).
+NEIGHBOUR_TOLERANCE = 1e-4
+#: Passes of the probe over which a model must stay as it is.
+REPEATS = 6
+
+
+def state_hash(model: nn.Module) -> str:
+    """Hash parameters, buffers and the training flag of every module."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    digest.update("".join("T" if m.training else "E" for m in model.modules()).encode())
+    return digest.hexdigest()
+
+
+def changed_parts(model: nn.Module, before: dict[str, Tensor]) -> str:
+    """Name what differs from an earlier ``state_dict`` copy, for messages."""
+    now = model.state_dict()
+    names = [k for k, v in before.items() if k not in now or not torch.equal(v, now[k])]
+    names += [k for k in now if k not in before]
+    if any(m.training for m in model.modules()):
+        names.append("the training flag")
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_defense(
+    build: Callable[[], nn.Module], surface: Surface, x: Tensor, y: Tensor, n_classes: int
+) -> list[Indicator]:
+    """Probe a freshly built model with clean images (N, C, H, W); at most ``PROBE`` of them are used.
+
+    Rules: deterministic unless declared random; a row's logits do not depend on its neighbours; eval mode, parameters
+    and buffers unchanged by queries; logits, not probabilities; a gradient with respect to the image exists; the
+    declared surface can be read.
+
+    Raises:
+        ArenaError: the model cannot be called on such images, or returns no (N, K) float tensor, or its surface does
+            not fit it.
+    """
+    model = build().eval().requires_grad_(False)
+    x, y = x[:PROBE], y[:PROBE]
+    before = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    start = state_hash(model)
+    logits = _first(model, x, n_classes)
+    with Reader(model, surface) as read, exact():
+        read(pad(x))
+    selects(model, surface)
+    found = [
+        _determinism(model, surface, x, logits),
+        _neighbours(model, surface, x),
+        _logits(logits),
+        _gradient(model, surface, x, y),
+    ]
+    with exact():
+        for _ in range(REPEATS):
+            model(pad(x))
+    same = state_hash(model) == start
+    found.append(
+        Indicator(
+            "defense_changes",
+            not same,
+            evidence="" if same else f"queries alone changed {changed_parts(model, before)}",
+            remedy="" if same else "make forward in eval mode free of side effects, then play again",
+            fatal=not same,
+        )
+    )
+    return found
+
+
+def _first(model: nn.Module, x: Tensor, n_classes: int) -> Tensor:
+    with exact():
+        try:
+            out = model(pad(x))
+        except Exception as e:
+            message = str(e).strip().splitlines()
+            said = f"{type(e).__name__}: {message[0] if message else ''}"
+            raise ArenaError(f"the model cannot be called on images {tuple(x.shape[1:])}: {said}") from e
+    if not isinstance(out, Tensor) or out.ndim != 2 or not out.is_floating_point():
+        got = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise ArenaError(f"the model returns {got}, expected float logits (N, {n_classes})")
+    if out.shape[1] < n_classes:
+        raise ArenaError(f"the model returns {out.shape[1]} logits, the data set has {n_classes} classes")
+    return out[: len(x)]
+
+
+def _spread(logits: Tensor) -> Tensor:
+    return (logits.amax(1) - logits.amin(1)).clamp_min(1e-12)
+
+
+def _determinism(model: nn.Module, surface: Surface, x: Tensor, logits: Tensor) -> Indicator:
+    with exact():
+        others = [model(pad(x))[: len(x)] for _ in range(REPEATS)]
+    gap = max(float(((z - logits).abs().amax(1) / _spread(logits)).max()) for z in others)
+    flag = gap > DRIFT and not surface.random
+    return Indicator(
+        "undeclared_randomness",
+        flag,
+        gap,
+        DRIFT,
+        f"the same images gave logits that differ by {gap:.3g} of their spread" if flag else "",
+        "declare random = true on the surface, so that outcomes are majorities and attacks average" if flag else "",
+        fatal=flag,
+    )
+
+
+def _neighbours(model: nn.Module, surface: Surface, x: Tensor) -> Indicator:
+    """Same shape, same row, other neighbours."""
+    if surface.random:
+        return Indicator("depends_on_neighbours", False, evidence="not checked: the model is random")
+    rows = pad(x)
+    others = torch.rand(rows.shape, generator=torch.Generator().manual_seed(0)).to(rows.device)
+    gap = 0.0
+    with exact():
+        usual = model(rows)
+        for k in range(0, len(x), max(1, len(x) // 4)):
+            mixed = others.clone()
+            mixed[k] = rows[k]
+            gap = max(gap, float((model(mixed)[k] - usual[k]).abs().max() / _spread(usual[k : k + 1])[0]))
+    flag = not gap <= NEIGHBOUR_TOLERANCE
+    return Indicator(
+        "depends_on_neighbours",
+        flag,
+        gap,
+        NEIGHBOUR_TOLERANCE,
+        f"other images in the batch moved a row's logits by {gap:.3g} of their spread" if flag else "",
+        "score each image by itself (batch statistics at test time are the usual cause)" if flag else "",
+        fatal=flag,
+    )
+
+
+def _logits(logits: Tensor) -> Indicator:
+    total = logits.sum(1)
+    flag = bool((logits >= 0).all()) and bool(((total - 1).abs() < 1e-3).all()) and logits.shape[1] > 1
+    return Indicator(
+        "probabilities",
+        flag,
+        evidence="the rows of the output are non-negative and sum to 1: probabilities, not logits" if flag else "",
+        remedy="return the scores before the softmax: it flattens the gradients of every loss" if flag else "",
+    )
+
+
+def _gradient(model: nn.Module, surface: Surface, x: Tensor, y: Tensor) -> Indicator:
+    leaf = pad(x).detach().requires_grad_(True)
+    why = ""
+    share = 1.0
+    try:
+        out = model(leaf)
+        if not out.requires_grad:
+            why, share = "the logits carry no gradient with respect to the image", 1.0
+        else:
+            labels = pad(y)
+            lead = (best_other(out, labels) - out.gather(1, labels.view(-1, 1)).squeeze(1)).sum()
+            grad = torch.autograd.grad(lead, leaf, allow_unused=True)[0]
+            if grad is None:
+                why = "the logits do not depend on the image through differentiable operations"
+            else:
+                share = float((grad[: len(x)].flatten(1).abs().amax(1) == 0).float().mean())
+                if share > 0.5:
+                    why = f"{share:.0%} of the probe's gradients are exactly zero"
+                elif not bool(torch.isfinite(grad).all()):
+                    why = "the probe's gradients are not finite"
+    except Exception as e:
+        why = f"the gradient raised {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+    return Indicator(
+        "no_gradient",
+        bool(why),
+        share if why else None,
+        0.5,
+        why,
+        "gradient attacks are blind here: play black-box ones too (square), or attack a differentiable stand-in"
+        if why
+        else "",
+    )

@@ -1,0 +1,148 @@
+"""The journal of an unfinished match: finished rows and snapshots, so that the same command goes on inside an attack.
+
+One folder a question. Each process appends files of its own, written whole and renamed into place; resuming reads the
+union of them all and deletes none before the result is stored. A finished row wins over a snapshot that holds it
+active.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import time
+import uuid
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from arena.attack import State
+from arena.engine import Row
+from arena.home import atomic_write
+
+#: Seconds between snapshots; a killed run repeats at most this much.
+EVERY = 10.0
+
+
+@dataclass
+class Journal:
+    """All that is kept of one question."""
+
+    folder: Path
+    every: float = EVERY
+
+    def open(self, model: str) -> bool:
+        """Open for a model's id; return whether an earlier run left something. Rows of another model are dropped."""
+        left = self.folder / "model"
+        known = left.read_text() if left.exists() else ""
+        if known and known != model:
+            self.clear()
+        atomic_write(left, model.encode())
+        return known == model
+
+    def keeper(self, name: str) -> AttackKeeper:
+        """Return the keeper of one attack; ``name`` is safe as a file name and unique in the match."""
+        return AttackKeeper(self.folder, name, self.every)
+
+    def mark(self, name: str) -> None:
+        """Leave a mark that lasts until the journal is cleared."""
+        atomic_write(self.folder / name, b"")
+
+    def marked(self, name: str) -> bool:
+        """Tell whether a mark was left."""
+        return (self.folder / name).exists()
+
+    def clear(self) -> None:
+        """Forget everything: the result is stored, or it is about another model."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass
+class AttackKeeper:
+    """Keeps one attack's rows."""
+
+    folder: Path
+    name: str
+    every: float
+    _pending: dict[int, Row] = field(default_factory=dict)
+    _last: float = field(default_factory=time.monotonic)
+    _born: float = field(default_factory=time.monotonic)
+    _id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def seconds(self) -> float:
+        """Return the seconds spent on this attack by all processes, this one up to now."""
+        earlier = 0.0
+        for path in self.folder.glob(f"{self.name}.seconds-*"):
+            if not path.name.endswith(self._id):
+                with contextlib.suppress(OSError, ValueError):
+                    earlier += float(path.read_text())
+        return earlier + time.monotonic() - self._born
+
+    def restore(self) -> tuple[dict[int, Row], State | None, bool]:
+        """Return the union of all finished rows, the newest readable snapshot, and whether a query had left x."""
+        rows: dict[int, Row] = {}
+        moved = False
+        for path in sorted(self.folder.glob(f"{self.name}.rows-*.npz")):
+            kept = _read(path)
+            if kept is None:
+                continue
+            moved = moved or bool(kept["moved"])
+            x_adv = torch.from_numpy(kept["x_adv"])
+            numbers = zip(*(kept[k].tolist() for k in ("index", "forwards", "backwards", "claim")), strict=True)
+            for k, (i, forwards, backwards, claim) in enumerate(numbers):
+                rows[i] = (x_adv[k], forwards, backwards, claim)
+        kept = _read(self.folder / f"{self.name}.state.npz")
+        if kept is None:
+            return rows, None, moved
+        moved = moved or bool(kept.pop("moved"))
+        return rows, {k: torch.from_numpy(v) for k, v in kept.items()}, moved
+
+    def finished(self, rows: dict[int, Row], moved: bool) -> None:
+        """Buffer finished rows until the next snapshot."""
+        self._pending.update(rows)
+
+    def due(self) -> bool:
+        """Tell whether it is time for a snapshot."""
+        return time.monotonic() - self._last >= self.every
+
+    def snapshot(self, state: State | None, moved: bool) -> None:
+        """Write pending rows, then the state of active ones: in this order, so a kill between the two loses nothing."""
+        if self._pending:
+            rows = self._pending
+            arrays = {
+                "index": np.array(list(rows), dtype=np.int64),
+                "x_adv": np.stack([r[0].detach().cpu().numpy() for r in rows.values()]),
+                **{k: np.array([r[j] for r in rows.values()], dtype=np.int64) for j, k in _NUMBERS},
+                "moved": np.array(moved),
+            }
+            _write(self.folder / f"{self.name}.rows-{uuid.uuid4().hex}.npz", arrays)
+            self._pending = {}
+        path = self.folder / f"{self.name}.state.npz"
+        if state is not None:
+            _write(path, {**{k: v.detach().cpu().numpy() for k, v in state.items()}, "moved": np.array(moved)})
+        else:
+            path.unlink(missing_ok=True)
+        spent = f"{time.monotonic() - self._born:.3f}"
+        atomic_write(self.folder / f"{self.name}.seconds-{self._id}", spent.encode())
+        self._last = time.monotonic()
+
+
+_NUMBERS = ((1, "forwards"), (2, "backwards"), (3, "claim"))
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    atomic_write(path, buffer.getvalue())
+
+
+def _read(path: Path) -> dict[str, np.ndarray] | None:
+    """Read a file of the journal; None if it is absent or damaged (its rows are then simply attacked again)."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {k: file[k] for k in file.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return None

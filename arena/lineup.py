@@ -1,0 +1,127 @@
+"""Turns the entries of ``--vs`` into attacks: rosters expanded, options checked, canonical names given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from arena.entries import parse
+from arena.errors import ArenaError, unknown
+from arena.plugins import Registered, Registry
+from arena.specs import AttackSpec, RosterSpec, Value, canonical, chosen, complete, expand, load
+from arena.surface import Surface
+from arena.threat import Threat
+
+#: Entries that name a class of a wrapped library: ``foolbox:LinfPGD(steps=40)``.
+FOREIGN = ("foolbox", "art")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One attack of a match."""
+
+    name: str
+    """Canonical name with the options that differ from the defaults."""
+    spec: Registered[AttackSpec]
+    options: dict[str, Value]
+    """All options."""
+
+    @property
+    def standalone(self) -> bool:
+        """Never cascaded."""
+        return self.spec.spec.standalone
+
+
+@dataclass(frozen=True)
+class Group:
+    """One entry of ``--vs``: a roster with its attacks, or a single attack."""
+
+    name: str
+    roster: Registered[RosterSpec] | None
+    attacks: tuple[Planned, ...]
+
+
+def check_entries(entries: tuple[str, ...], registry: Registry) -> tuple[str, ...]:
+    """Check names and options before anything is trained; return the entries in canonical form.
+
+    Raises:
+        ArenaError: nothing to play, unknown name or option (nearest given), bad value, an entry twice.
+    """
+    if not entries:
+        raise ArenaError("--vs: expected at least one attack or roster")
+    names = []
+    for entry in entries:
+        name, given = parse(entry)
+        if registry.has("roster", name):
+            if given:
+                raise ArenaError(f"roster '{name}' takes no options, got '{entry}'")
+            names.append(name)
+        else:
+            names.append(_attack(name, given, registry).name)
+    for name in names:
+        if names.count(name) > 1:
+            raise ArenaError(f"--vs: '{name}' is given twice")
+    return tuple(names)
+
+
+def _attack(name: str, given: Mapping[str, Value], registry: Registry) -> Planned:
+    library, colon, cls = name.partition(":")
+    if colon:
+        if library not in FOREIGN:
+            raise unknown("library", library, FOREIGN)
+        found = registry.get("attack", library)
+        check = load(found.spec.run.rpartition(":")[0] + ":check") if found.spec.run else None
+        if check:
+            check(library, cls, dict(given))
+        return Planned(canonical(name, given), found, {"cls": cls, **given})
+    if name in FOREIGN and not registry.has("attack", name.partition(":")[0]):
+        raise ArenaError(f"'{name}': expected {name}:CLASS")
+    if not registry.has("attack", name) and not registry.has("roster", name):
+        known = [n for n in registry.names("attack") + registry.names("roster") if "/" not in n]
+        raise unknown("attack", name, [n for n in known if n not in FOREIGN])
+    found = registry.get("attack", name)
+    options = complete(f"attack '{name}'", found.spec.options, given)
+    return Planned(canonical(name, chosen(found.spec.options, options)), found, options)
+
+
+def line_up(
+    entries: tuple[str, ...], registry: Registry, surface: Surface, threat: Threat, n_classes: int
+) -> list[Group]:
+    """Expand entries for one defense.
+
+    Raises:
+        ArenaError: as ``check_entries``; or a roster that cannot be played under this threat model.
+    """
+    groups = []
+    for entry in entries:
+        name, given = parse(entry)
+        if not registry.has("roster", name):
+            groups.append(Group(entry, None, (_attack(name, given, registry),)))
+            continue
+        roster = registry.get("roster", name)
+        wanted = expand(roster.spec, surface, threat, n_classes)
+        if roster.spec.from_surface:
+            wanted += registry.adaptive(surface, threat, n_classes)
+        attacks: dict[str, Planned] = {}
+        for attack, options in wanted:
+            planned = _attack(attack, options, registry)
+            attacks.setdefault(planned.name, planned)
+        groups.append(Group(name, roster, tuple(attacks.values())))
+    return groups
+
+
+def describe(entries: tuple[str, ...], registry: Registry) -> list[list[str]]:
+    """Return what a question's key holds of its entries: canonical names, and the versions of what they come from."""
+    rows = []
+    for entry in entries:
+        name, given = parse(entry)
+        if registry.has("roster", name):
+            roster = registry.get("roster", name)
+            rows.append([entry, roster.origin, roster.spec.version])
+            if roster.spec.from_surface:
+                rows += [
+                    [entry, p.distribution, p.version] for p in registry.plugins if "arena_adaptive_attacks" in p.hooks
+                ]
+        else:
+            rows.append([entry, _attack(name, given, registry).spec.origin, ""])
+    return rows

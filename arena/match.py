@@ -1,0 +1,61 @@
+"""From a question to its answer: checked, keyed, locked, played or found in the store."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from arena.arrangement import arrange
+from arena.datasets import describe
+from arena.home import home, lock
+from arena.journal import Journal
+from arena.playing import Playing
+from arena.plugins import Registry
+from arena.question import Question, Running
+from arena.store import open_store
+from arena.watch import Watch
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A result, and whether it was already there."""
+
+    record: dict[str, Any]
+    stored: bool
+
+
+def play(question: Question, running: Running, registry: Registry, watch: Watch) -> Answered:
+    """Answer a question: from the store, by going on with an unfinished match, or by playing it.
+
+    Raises:
+        ArenaError: the question is wrong, the model cannot be had, or another process is answering it.
+    """
+    arranged = arrange(question, running, registry)
+    store = open_store()
+    with lock(f"match-{arranged.key[:16]}"):
+        if not running.replay and not running.retrain:
+            record = store.answer(arranged.key)
+            if record is not None:
+                return Answered(record, True)
+        journal = Journal(home() / "journal" / arranged.key[:16])
+        again = running.replay or running.retrain
+        if again and not journal.marked("replay"):
+            journal.clear()  # a replay that was killed goes on; a fresh one starts over
+        device = running.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        spec = describe(question.dataset, registry)
+        contender = arranged.plan.obtain(train=spec.cpu, retrain=running.retrain, device=device, watch=watch)
+        if journal.open(contender.id):
+            watch.say("going on with an unfinished match")
+        if again:
+            journal.mark("replay")
+        match = Playing(arranged, replace(running, device=device), registry, contender, journal, watch)
+        record, outcomes = match.run()
+        store.put(arranged.key, record, outcomes)
+        journal.clear()
+    registry.announce("arena_match_finished", record=copy.deepcopy(record))
+    return Answered(record, False)

@@ -1,0 +1,298 @@
+"""One match in progress: check, natural accuracy, attacks in cascade, referee, record."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arena.arrangement import Arrangement
+from arena.attack import Setup, Unsupported
+from arena.audit import AuditContext, statuses, verdict
+from arena.check import PROBE, changed_parts, check_defense, state_hash
+from arena.datasets import to_float
+from arena.diagnosis import diagnose
+from arena.engine import Outcome, run_iterated, run_plain
+from arena.errors import ArenaError
+from arena.journal import AttackKeeper, Journal
+from arena.lineup import Group, Planned, line_up
+from arena.models import Contender
+from arena.plugins import Registry
+from arena.question import Running
+from arena.referee import Judgement, Referee
+from arena.results import (
+    SCHEMA,
+    Played,
+    attack_row,
+    keep_examples,
+    provenance,
+    roster_row,
+    share,
+    sweep_rows,
+    unique_breaks,
+    worst_case,
+)
+from arena.rng import Stream
+from arena.specs import Indicator, load, text
+from arena.store import Outcomes, new_id
+from arena.target import DEFAULT_BATCH, Target
+from arena.watch import Watch
+
+
+class Playing:
+    """One match in progress."""
+
+    def __init__(
+        self,
+        arranged: Arrangement,
+        running: Running,
+        registry: Registry,
+        contender: Contender,
+        journal: Journal,
+        watch: Watch,
+    ) -> None:
+        self.arranged, self.running, self.registry = arranged, running, registry
+        self.contender, self.journal, self.watch = contender, journal, watch
+        self.started = datetime.now(UTC).isoformat(timespec="seconds")
+        self.clock = time.monotonic()
+        device, images = running.device, arranged.images
+        self.x = to_float(images.x_test[arranged.index]).to(device)
+        self.y = images.y_test[arranged.index].to(device)
+        self.index = arranged.index.to(device)
+        self.surface = contender.surface
+        self.referee = Referee(self._build(), arranged.threat, self.surface.random, device)
+        self.examples: dict[int, Tensor] = {}
+        """The first verified break of each point, by position."""
+
+    def _build(self) -> torch.nn.Module:
+        return self.contender.build().to(self.running.device)
+
+    def _search_copy(self) -> None:
+        """Give the attacks a fresh copy of the model, and note what it looks like."""
+        model = self._build()
+        self.target = Target(
+            model,
+            self.surface,
+            self.arranged.images.n_classes,
+            self.running.batch_size or DEFAULT_BATCH,
+            self.running.device,
+        )
+        self.original = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self.fingerprint = state_hash(model)
+        self.probe = self.target.clean(self.x[:PROBE])
+
+    def run(self) -> tuple[dict[str, Any], Outcomes]:
+        """Play everything; return the record and what became of each point."""
+        arranged, images = self.arranged, self.arranged.images
+        findings = check_defense(self._build, self.surface, self.x, self.y, images.n_classes)
+        self.correct = (self.referee.score(self.x, self.y).predicted == self.y).cpu()
+        natural, interval = share(self.correct)
+        groups = line_up(arranged.entries, self.registry, self.surface, arranged.threat, images.n_classes)
+        record = self._head(natural, interval)
+        self.registry.announce("arena_match_started", record=copy.deepcopy(record))
+        rows: list[tuple[Group, Played]] = []
+        if not any(i.flag and i.fatal for i in findings):
+            self._search_copy()
+            for group in groups:
+                for played in self._play_group(group, findings):
+                    rows.append((group, played))
+                    row = attack_row(played, self.correct)
+                    self.watch.row(row)
+                    self.registry.announce(
+                        "arena_attack_finished", record=copy.deepcopy(record), attack=copy.deepcopy(row)
+                    )
+        return self._sum_up(record, groups, rows, findings)
+
+    # -- one attack ---------------------------------------------------------------------------------------------
+
+    def _play_group(self, group: Group, findings: list[Indicator]) -> Any:
+        standing = self.correct.clone()
+        for number, planned in enumerate(group.attacks):
+            if any(i.flag and i.fatal for i in findings):
+                return
+            met = self.correct if planned.standalone or self.running.matrix else standing
+            played = self._play(group, number, planned, met.clone(), findings)
+            if not planned.standalone:
+                standing &= ~played.broken
+            played.cumulative = standing.clone()
+            yield played
+
+    def _play(self, group: Group, number: int, planned: Planned, met: Tensor, findings: list[Indicator]) -> Played:
+        rows = met.nonzero().squeeze(1)
+        nothing = torch.zeros_like(met)
+        played = Played(
+            planned, group.name, group.name if group.roster else None, "ok", met, nothing, nothing.clone(), met
+        )
+        self.watch.phase(planned.name, len(rows), "points")
+        if planned.spec.spec.norms and self.arranged.threat.norm not in planned.spec.spec.norms:
+            played.status = "unsupported"
+            played.error = f"works under {', '.join(planned.spec.spec.norms)}, not {self.arranged.threat.norm}"
+            return played
+        if self.arranged.threat.radius == 0 or not len(rows):
+            # The clean score is the answer: nothing may be moved, or nothing is left to attack.
+            played.attempted = met.clone()
+            return played
+        name = hashlib.sha256(f"{group.name}\n{planned.name}".encode()).hexdigest()[:12]
+        keeper = self.journal.keeper(f"{number:03d}-{name}")
+        before = keeper.seconds()
+        try:
+            outcome = self._attack(planned, rows.to(self.x.device), keeper)
+        except Unsupported as e:
+            played.status, played.error = "unsupported", str(e)
+            return played
+        played.seconds = max(keeper.seconds(), before)
+        verdict = self.referee.judge(self.x[rows], outcome.x_adv, self.y[rows])
+        self._enter(played, rows, outcome, verdict)
+        self._still_the_same(planned, played, findings)
+        return played
+
+    def _attack(self, planned: Planned, rows: Tensor, keeper: AttackKeeper) -> Outcome:
+        arranged, spec = self.arranged, planned.spec.spec
+        x, y, index = self.x[rows], self.y[rows], self.index[rows]
+        stream = Stream.of(arranged.question.seed, planned.name)
+        if spec.iterate:
+            setup = Setup(arranged.threat, arranged.images.n_classes, self.surface, arranged.images.shape, stream)
+            try:
+                attack = load(spec.iterate)(setup, **planned.options)
+            except (Unsupported, ArenaError):
+                raise
+            except Exception as e:  # a plugin's code: contained and named
+                failed = Outcome.empty(x)
+                failed.error = f"{type(e).__name__}: {e}"
+                return failed
+            return run_iterated(attack, self.target, x, y, index, None, keeper, self.watch.advance)
+        assert spec.run is not None
+        options = dict(planned.options)
+        function: Callable[..., Any] = load(spec.run)
+        return run_plain(
+            function, self.target, x, y, index, arranged.threat, stream, options, keeper, self.watch.advance
+        )
+
+    def _enter(self, played: Played, rows: Tensor, outcome: Outcome, verdict: Judgement) -> None:
+        """Write the referee's word into the row; verified breaks always count."""
+        broken = verdict.broken.cpu()
+        played.attempted[rows] = outcome.attempted.cpu()
+        played.broken[rows] = broken
+        played.forwards, played.backwards = int(outcome.forwards.sum()), int(outcome.backwards.sum())
+        played.borderline = verdict.borderline
+        played.violations = dict(verdict.violations)
+        for kind, count in (outcome.malformed or {}).items():
+            played.violations[kind] = played.violations.get(kind, 0) + count
+        false_claims = int(((outcome.claim.cpu() == 1) & ~broken & (verdict.margin.cpu().abs() >= 1e-4)).sum())
+        if false_claims:
+            played.violations["false_claim"] = false_claims
+        for k in broken.nonzero().squeeze(1).tolist():
+            self.examples.setdefault(int(rows[k]), outcome.x_adv[k].detach().cpu().clone())
+        if outcome.error:
+            played.status, played.error = "failed", outcome.error
+        elif played.violations:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in played.violations.items())
+            played.status, played.error = "failed", f"of {len(rows)} points returned: {kinds}"
+        elif not bool(outcome.attempted.all()):
+            played.status = "partial"
+        elif not outcome.moved:
+            played.status, played.error = "no_effect", "no query and no returned point differed from its image"
+
+    def _still_the_same(self, planned: Planned, played: Played, findings: list[Indicator]) -> None:
+        """Check that the search copy is what it was. An ask/tell attack cannot touch it: then the defense did it."""
+        model = self.target.model
+        same = state_hash(model) == self.fingerprint
+        what = "" if same else changed_parts(model, self.original)
+        if same and not self.surface.random and not torch.equal(self.target.clean(self.x[:PROBE]), self.probe):
+            same, what = False, "what it returns for the same images"
+        if same:
+            return
+        if planned.spec.spec.run:
+            played.status, played.error = "failed", f"the attack changed the model: {what}"
+        else:
+            findings.append(
+                Indicator(
+                    "defense_changes",
+                    True,
+                    evidence=f"while {planned.name} attacked, the model changed: {what}",
+                    remedy="make forward in eval mode free of side effects, then play again",
+                    fatal=True,
+                )
+            )
+        self._search_copy()
+
+    # -- the record ---------------------------------------------------------------------------------------------
+
+    def _head(self, natural: float, interval: list[float]) -> dict[str, Any]:
+        arranged, contender, question = self.arranged, self.contender, self.arranged.question
+        return {
+            "schema": SCHEMA,
+            "id": new_id(),
+            "defense": contender.name,
+            "protocol": question.protocol,
+            "asked": {
+                "vs": list(arranged.entries),
+                "dataset": question.dataset,
+                "backbone": contender.backbone,
+                "threat": {
+                    "norm": arranged.threat.norm,
+                    "eps": arranged.threat.eps,
+                    "eps_value": arranged.threat.radius,
+                },
+                "n": len(arranged.index),
+                "seed": question.seed,
+                "train_seed": question.train_seed,
+                "indices_sha256": hashlib.sha256(arranged.index.numpy().astype("<i8").tobytes()).hexdigest(),
+                "data_sha256": arranged.images.sha256,
+                "subset_rule": arranged.images.subset_rule,
+                "card": question.card,
+            },
+            "model": {
+                "id": contender.id,
+                "parameters": contender.parameters,
+                "options": {k: text(v) for k, v in contender.options.items()},
+                "eval_options": {k: text(v) for k, v in contender.eval_options.items()},
+                "trained": contender.trained,
+                "twin": contender.twin,
+                "origin": contender.origin,
+                "surface": self.surface.describe(),
+            },
+            "natural": {"accuracy": natural, "ci95": interval},
+        }
+
+    def _sum_up(
+        self,
+        record: dict[str, Any],
+        groups: list[Group],
+        played: list[tuple[Group, Played]],
+        findings: list[Indicator],
+    ) -> tuple[dict[str, Any], Outcomes]:
+        rows = [p for _, p in played]
+        unique: list[int | None] = [*unique_breaks(rows)] if self.running.matrix else [None] * len(rows)
+        record["attacks"] = [attack_row(p, self.correct, u) for p, u in zip(rows, unique, strict=True)]
+        record["rosters"] = [roster_row(g, [p for h, p in played if h is g], self.correct) for g in groups]
+        record["sweeps"] = sweep_rows(rows, self.correct)
+        worst, standing = worst_case(rows, self.correct)
+        if not rows:  # not played: there is no number to believe
+            worst = {"robust_accuracy": None, "ci95": None, "broken_by": {}}
+        record["worst_case"] = worst
+        places = sorted(self.examples)
+        x_adv = torch.stack([self.examples[k] for k in places]) if places else self.x[:0].cpu()
+        record["examples"] = keep_examples(record["id"], x_adv, self.arranged.index[places])
+        record["diagnosis"] = self._diagnosis(findings, x_adv)
+        indicators = [*findings, *statuses(record)]
+        indicators += self.registry.audit(AuditContext(record, tuple(indicators)))
+        record["audit"] = {"verdict": verdict(indicators), "indicators": [i.record() for i in indicators]}
+        record["notes"] = [*self.arranged.notes, *map(str, self.registry.problems)]
+        origins = [self.contender.origin, *(p.planned.spec.origin for p in rows)]
+        record["provenance"] = provenance(origins, self.running.device, self.running.precision, self.started)
+        record["provenance"]["seconds"] = round(time.monotonic() - self.clock, 3)
+        outcomes = Outcomes.of(self.arranged.index, self.correct, self.correct & ~standing)
+        return record, outcomes
+
+    def _diagnosis(self, findings: list[Indicator], x_adv: Tensor) -> dict[str, Any] | None:
+        if any(i.flag and i.fatal for i in findings):
+            return None
+        model = self._build()
+        return diagnose(model, self.surface, self.x, self.y, x_adv.to(self.x.device), self.arranged.images.n_classes)

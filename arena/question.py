@@ -1,0 +1,42 @@
+"""What is asked of a match, and how it is to be answered. Importing this imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: everything that decides the answer."""
+
+    defense: str
+    vs: tuple[str, ...]
+    dataset: str = "digits"
+    backbone: str | None = None
+    norm: str | None = None
+    eps: str | None = None
+    n: int | None = None
+    seed: int = 0
+    """Feeds attack randomness only."""
+    train_seed: int = 0
+    """Part of the model's identity."""
+    checkpoint: Path | None = None
+    surface: Path | None = None
+    protocol: str = "standard"
+    card: str | None = None
+
+
+@dataclass(frozen=True)
+class Running:
+    """How it is answered: nothing here changes the outcome."""
+
+    device: str = "auto"
+    batch_size: int | None = None
+    """Largest physical batch; None chooses."""
+    precision: str = "fp32"
+    replay: bool = False
+    """Attack again although a result is stored."""
+    retrain: bool = False
+    matrix: bool = False
+    """Let every attack meet every naturally correct point: fills ``unique_broken``, costs passes."""

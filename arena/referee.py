@@ -1,0 +1,140 @@
+"""The referee: re-scores every point an attack hands over. Claims are never used.
+
+It has a model of its own, rebuilt from factory and weights, and runs it eager, in fp32, without TF32 or gradients, in
+batches of one fixed size. It never modifies a point: a point outside ball or box is a violation, counted by kind, and
+no break. In one process this guards against error, not malice; ``arena verify`` re-scores in a fresh process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from arena.objectives import best_other
+from arena.threat import Threat
+
+#: Rows a batch; constant, so that a point's logits do not depend on how many others are scored.
+BATCH = 128
+#: Draws whose majority decides a point of a random model.
+DRAWS = 20
+#: Margins below this share of the logit scale may flip with another device's rounding.
+BORDERLINE = 1e-4
+#: Seed of the referee's own draws for random models.
+DRAW_SEED = 4711
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the referee saw on some points."""
+
+    predicted: Tensor
+    """(N,) int64 class; majority over draws for random models; -1 where logits are not finite."""
+    margin: Tensor
+    """(N,) float32: true logit minus best other, divided by the logits' spread; negative is misclassified."""
+    agreement: Tensor
+    """(N,) float32: share of draws that gave ``predicted``; 1 for deterministic models."""
+    heads: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The referee's word on what one attack returned."""
+
+    broken: Tensor
+    """(N,) bool: inside ball and box, and misclassified."""
+    valid: Tensor
+    """(N,) bool: inside ball and box, finite."""
+    margin: Tensor
+    """(N,) float32, of ``Scores``; +inf where invalid."""
+    violations: dict[str, int]
+    """Rows by kind of violation: ``nan, box, ball, nonfinite_logits``."""
+    borderline: int
+    """Valid rows whose margin is within rounding of zero."""
+
+
+@dataclass
+class Referee:
+    """Scores points with a model that no attack has seen."""
+
+    model: nn.Module
+    """A fresh build, never shared with a target."""
+    threat: Threat
+    random: bool = False
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        self.model.eval().requires_grad_(False)
+
+    def score(self, x: Tensor, y: Tensor) -> Scores:
+        """Score images (N, C, H, W) against labels (N,)."""
+        draws = DRAWS if self.random else 1
+        predicted, margins, agreement = [], [], []
+        with exact():
+            for start in range(0, len(x), BATCH):
+                rows, labels = x[start : start + BATCH], y[start : start + BATCH]
+                seen = [self._logits(rows, start * DRAWS + d) for d in range(draws)]
+                votes = torch.stack([_predict(z) for z in seen])
+                winner = votes.mode(0).values
+                predicted.append(winner)
+                agreement.append((votes == winner).float().mean(0))
+                margins.append(torch.stack([relative_margin(z, labels) for z in seen]).median(0).values)
+        if not predicted:
+            empty = x.new_zeros(0)
+            return Scores(empty.long(), empty, empty)
+        return Scores(torch.cat(predicted), torch.cat(margins), torch.cat(agreement))
+
+    def _logits(self, rows: Tensor, draw: int) -> Tensor:
+        fixed = torch.cat((rows, rows[-1:].expand(BATCH - len(rows), *rows.shape[1:])))
+        if not self.random:
+            out: Tensor = self.model(fixed.to(self.device))
+        else:
+            with torch.random.fork_rng():
+                torch.manual_seed(DRAW_SEED + draw)
+                out = self.model(fixed.to(self.device))
+        return out[: len(rows)].float()
+
+    def judge(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Judgement:
+        """Check each returned point (N, C, H, W) against its clean image and label."""
+        finite = torch.isfinite(x_adv).flatten(1).all(1)
+        box = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
+        ball = self.threat.inside(x, x_adv.nan_to_num(nan=2.0))
+        valid = finite & box & ball
+        kinds = {"nan": ~finite, "box": finite & ~box, "ball": finite & box & ~ball}
+        broken = torch.zeros_like(valid)
+        margin = torch.full((len(x),), torch.inf)
+        rows = valid.nonzero().squeeze(1)
+        scores = self.score(x_adv[rows], y[rows])
+        sound = scores.predicted >= 0
+        broken[rows] = (scores.predicted != y[rows]) & sound
+        margin[rows] = scores.margin
+        violations = {k: int(v.sum()) for k, v in kinds.items() if bool(v.any())}
+        if not bool(sound.all()):
+            violations["nonfinite_logits"] = int((~sound).sum())
+        return Judgement(broken, valid, margin, violations, int((margin.abs() < BORDERLINE).sum()))
+
+
+def _predict(logits: Tensor) -> Tensor:
+    finite = torch.isfinite(logits).all(1)
+    return logits.argmax(1).where(finite, torch.full((len(logits),), -1))
+
+
+def relative_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Return (true logit - best other) / spread of the logits, (N,); the spread is max - min, at least 1e-12."""
+    spread = (logits.amax(1) - logits.amin(1)).clamp_min(1e-12)
+    return (logits.gather(1, y.view(-1, 1)).squeeze(1) - best_other(logits, y)) / spread
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Score without gradients, TF32 or autocast."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -1,0 +1,215 @@
+"""Builds the permanent record of a match (JSON schema 1) from the referee's words.
+
+Accuracies are percentages of all n points. A naturally misclassified point is lost to all attacks and broken by none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import platform
+import subprocess
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arena.home import atomic_write, home
+from arena.lineup import Group, Planned
+from arena.specs import text
+from arena.statistics import wilson
+
+SCHEMA = 1
+STATUSES = ("ok", "partial", "failed", "unsupported", "no_effect")
+
+
+@dataclass
+class Played:
+    """One attack, judged. Masks are over all n points of the match."""
+
+    planned: Planned
+    group: str
+    """Entry of ``--vs`` it belongs to."""
+    roster: str | None
+    status: str
+    met: Tensor
+    """(n,) bool: points it was given."""
+    attempted: Tensor
+    """(n,) bool: points it finished."""
+    broken: Tensor
+    """(n,) bool: breaks that the referee confirmed."""
+    cumulative: Tensor
+    """(n,) bool: points still standing after it, within its entry."""
+    forwards: int = 0
+    backwards: int = 0
+    seconds: float = 0.0
+    violations: dict[str, int] = field(default_factory=dict)
+    borderline: int = 0
+    error: str = ""
+
+
+def share(standing: Tensor) -> tuple[float, list[float]]:
+    """Return the percentage of True and its Wilson 95 % interval."""
+    n, k = len(standing), int(standing.sum())
+    low, high = wilson(k, n)
+    return 100.0 * k / n, [low, high]
+
+
+def attack_row(played: Played, correct: Tensor, unique: int | None = None) -> dict[str, Any]:
+    """Return an attack's row of the record; ``correct`` (n,) are the naturally correct points."""
+    complete = bool((played.attempted | ~correct).all())
+    robust = share(correct & ~played.broken) if complete else None
+    return {
+        "name": played.planned.name,
+        "options": {k: text(v) for k, v in played.planned.options.items()},
+        "roster": played.roster,
+        "entry": played.group,
+        "plugin": played.planned.spec.origin,
+        "standalone": played.planned.standalone,
+        "status": played.status,
+        "attempted": int(played.attempted.sum()),
+        "broken": int(played.broken.sum()),
+        "robust_accuracy": robust[0] if robust else None,
+        "cumulative_accuracy": None if played.planned.standalone else share(played.cumulative)[0],
+        "ci95": robust[1] if robust else None,
+        "unique_broken": unique,
+        "forwards": played.forwards,
+        "backwards": played.backwards,
+        "seconds": round(played.seconds, 3),
+        "violations": played.violations,
+        "borderline": played.borderline,
+        "error": played.error or None,
+    }
+
+
+def roster_row(group: Group, rows: Sequence[Played], correct: Tensor) -> dict[str, Any]:
+    """Return the row of one entry of ``--vs``: its own per-example worst case and cost."""
+    standing = correct.clone()
+    for played in rows:
+        standing &= ~played.broken
+    met_all = all(bool((p.attempted | p.broken | ~p.met).all()) for p in rows)
+    complete = len(rows) == len(group.attacks) and met_all and all(p.status == "ok" for p in rows)
+    robust, interval = share(standing)
+    return {
+        "name": group.name,
+        "robust_accuracy": robust,
+        "ci95": interval,
+        "members": [p.planned.name for p in rows],
+        "complete": complete,
+        "forwards": sum(p.forwards for p in rows),
+        "backwards": sum(p.backwards for p in rows),
+        "seconds": round(sum(p.seconds for p in rows), 3),
+    }
+
+
+def sweep_rows(rows: Sequence[Played], correct: Tensor) -> list[dict[str, Any]]:
+    """Return one row per sweep: the per-example minimum over its members (papers.md 8)."""
+    found = []
+    for name in dict.fromkeys(p.planned.spec.spec.sweep for p in rows if p.planned.spec.spec.sweep):
+        members = [p for p in rows if p.planned.spec.spec.sweep == name]
+        standing = correct.clone()
+        for played in members:
+            standing &= ~played.broken
+        robust, interval = share(standing)
+        found.append(
+            {"name": name, "robust_accuracy": robust, "ci95": interval, "members": [p.planned.name for p in members]}
+        )
+    return found
+
+
+def worst_case(rows: Sequence[Played], correct: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Return the headline, and which points stand (n,).
+
+    ``broken_by`` gives each broken point to the first attack, in the order of play, that broke it.
+    """
+    standing = correct.clone()
+    first: Counter[str] = Counter()
+    for played in rows:
+        fresh = standing & played.broken
+        if bool(fresh.any()):
+            first[played.planned.name] += int(fresh.sum())
+        standing &= ~played.broken
+    robust, interval = share(standing)
+    return {"robust_accuracy": robust, "ci95": interval, "broken_by": dict(first)}, standing
+
+
+def unique_breaks(rows: Sequence[Played]) -> list[int]:
+    """Return, for each attack, how many points only it broke; meaningful when all met all points."""
+    total = torch.stack([p.broken.long() for p in rows]).sum(0) if rows else torch.zeros(0)
+    return [int((p.broken & (total == 1)).sum()) for p in rows]
+
+
+# -- examples ---------------------------------------------------------------------------------------------------
+
+
+def examples_hash(x_adv: np.ndarray, index: np.ndarray) -> str:
+    """Hash over the uncompressed arrays, so that recompressing a file does not change it."""
+    digest = hashlib.sha256()
+    for array in (np.ascontiguousarray(x_adv, dtype="<f4"), np.ascontiguousarray(index, dtype="<i8")):
+        digest.update(f"{array.shape};".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def keep_examples(result: str, x_adv: Tensor, index: Tensor) -> dict[str, str]:
+    """Write the verified breaks (M, C, H, W) with data-set indices (M,); return the record's ``examples``."""
+    pixels, rows = x_adv.detach().cpu().numpy().astype("<f4"), index.cpu().numpy().astype("<i8")
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, x_adv=pixels, index=rows)
+    path = home() / "examples" / f"{result}.npz"
+    atomic_write(path, buffer.getvalue())
+    return {"file": str(path.relative_to(home())), "sha256": examples_hash(pixels, rows)}
+
+
+# -- provenance -------------------------------------------------------------------------------------------------
+
+PACKAGES = ("torch", "torchvision", "numpy", "adversarial-robustness-toolbox", "foolbox", "pluggy", "scikit-learn")
+
+
+def provenance(plugins: Sequence[str], device: str, precision: str, started: str) -> dict[str, Any]:
+    """Return versions, machine settings and source revision."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "arena": metadata.version("adversarial-arena"),
+        "python": platform.python_version(),
+        "packages": versions,
+        "plugins": sorted(set(plugins)),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"cpu ({platform.machine()})",
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "started": started,
+        "seconds": 0.0,
+        "git": _git(),
+    }
+
+
+def _git() -> dict[str, Any] | None:
+    """Revision of arena's own source, when it runs from a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+        dirty = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain", "-uno"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(dirty.stdout.strip())}

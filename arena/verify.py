@@ -1,0 +1,276 @@
+"""Re-scores kept adversarial examples, with nothing of the attacks that made them.
+
+``arena verify`` runs this in a fresh process that loads no attack plugin. It never imports a path taken from a record:
+for a user's own model the user says ``--against``, and the model's identity must match.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arena.datasets import Images, describe, open_images, to_float
+from arena.errors import ArenaError
+from arena.home import home
+from arena.models import Contender, plan
+from arena.plugins import Registry
+from arena.referee import Referee
+from arena.results import examples_hash, share
+from arena.store import open_store
+from arena.threat import Threat
+from arena.watch import Watch
+
+#: Largest unpacked examples file that is read, bytes.
+LIMIT = 8 * 2**30
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is claimed: breaks of one model, and where they come from."""
+
+    defense: str
+    dataset: str
+    backbone: str | None
+    threat: Threat
+    train_seed: int
+    file: Path
+    record: dict[str, Any] | None = None
+    """The result that the examples belong to."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What the referee found."""
+
+    agrees: bool
+    claimed: int
+    """Examples handed over."""
+    confirmed: int
+    refuted: int
+    """Inside ball and box, yet classified correctly, beyond rounding."""
+    borderline: int
+    """Classified correctly by a margin that rounding may flip."""
+    violations: dict[str, int]
+    natural: float
+    """Natural accuracy, percent."""
+    robust_accuracy: float | None
+    """Percent standing after the confirmed breaks; None for a file whose n is unknown."""
+    ci95: list[float] | None
+    model: str
+    """model.id."""
+    lines: list[str] = field(default_factory=list)
+    """Disagreements in words."""
+
+    def record(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return dict(vars(self))
+
+
+def verify(
+    what: str,
+    registry: Registry,
+    watch: Watch,
+    *,
+    against: str | None = None,
+    checkpoint: Path | None = None,
+    dataset: str | None = None,
+    backbone: str | None = None,
+    norm: str | None = None,
+    eps: str | None = None,
+    train_seed: int | None = None,
+    surface: Path | None = None,
+    device: str = "cpu",
+) -> Verification:
+    """Re-score a stored result (id), a result's JSON file, or an ``.npz`` of adversarial examples.
+
+    Args:
+        what: result id or its beginning, path of a JSON result, or path of an npz with ``x_adv`` and ``index``.
+        registry: needs no attacks.
+        watch: told of progress.
+        against: the defense; needed for npz files and for results about a user's own model.
+        checkpoint: weights, if not those of the cache.
+        dataset, backbone, norm, eps, train_seed: for npz files; the data set's defaults if not given.
+        surface: TOML surface of a user's own model.
+        device: where to score.
+
+    Raises:
+        ArenaError: no such result or file, corrupt examples, a model that is not the one the result is about.
+    """
+    claim = _claim(what, registry, against, dataset, backbone, norm, eps, train_seed)
+    images = open_images(claim.dataset, registry)
+    planned = plan(
+        claim.defense,
+        dataset=claim.dataset,
+        images=images,
+        backbone=claim.backbone,
+        train_seed=claim.train_seed,
+        threat=claim.threat,
+        checkpoint=checkpoint,
+        surface=surface,
+        registry=registry,
+    )
+    contender = planned.obtain(train=False, retrain=False, device=device, watch=watch)
+    x_adv, rows = read_examples(claim.file)
+    lines = [] if claim.record is None else _matches(claim.record, contender, images, x_adv, rows)
+    return _score(claim, contender, images, x_adv, rows, lines, device)
+
+
+def _claim(
+    what: str,
+    registry: Registry,
+    against: str | None,
+    dataset: str | None,
+    backbone: str | None,
+    norm: str | None,
+    eps: str | None,
+    train_seed: int | None,
+) -> Claim:
+    path = Path(what).expanduser()
+    if path.suffix == ".npz":
+        if against is None:
+            raise ArenaError(f"{path}: say which defense the examples break: --against DEFENSE")
+        name = dataset or "digits"
+        spec = describe(name, registry)
+        threat = Threat.parse(norm or spec.norm, eps or spec.eps)
+        return Claim(against, name, backbone, threat, train_seed or 0, path)
+    if path.suffix == ".json":
+        try:
+            record = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ArenaError(f"{path}: no such file") from None
+        except (OSError, ValueError, TypeError) as e:
+            raise ArenaError(f"{path}: not a JSON result ({e})") from None
+    else:
+        record = open_store().get(what)
+    try:
+        asked, threat = record["asked"], record["asked"]["threat"]
+        own = ":" in record["defense"].partition("(")[0]
+        if own and against is None:
+            raise ArenaError(
+                f"result {record['id']} is about '{record['defense']}', a model of your own: "
+                "say where it is with --against FILE.py:FACTORY (and --checkpoint)"
+            )
+        file = Path(record["examples"]["file"])
+        beside = path.parent / file.name
+        return Claim(
+            against or record["defense"],
+            dataset or asked["dataset"],
+            backbone or asked["backbone"],
+            Threat.parse(threat["norm"], threat["eps"]),
+            asked["train_seed"],
+            beside if path.suffix == ".json" and beside.exists() else home() / "examples" / file.name,
+            record,
+        )
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ArenaError(f"{what}: not a result of arena (lacks {e})") from None
+
+
+def read_examples(path: Path) -> tuple[Tensor, Tensor]:
+    """Read ``x_adv`` float32 (M, C, H, W) and ``index`` int64 (M,); sizes are checked before anything is unpacked.
+
+    Raises:
+        ArenaError: missing, corrupt, oversized or malformed file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(i.file_size for i in archive.infolist())
+        if size > LIMIT:
+            raise ArenaError(f"{path}: unpacks to {size / 2**30:.1f} GiB, expected at most {LIMIT / 2**30:.0f}")
+        with np.load(path, allow_pickle=False) as file:
+            lacking = [k for k in ("x_adv", "index") if k not in file]
+            if lacking:
+                raise ArenaError(f"{path}: lacks {', '.join(lacking)}; it holds {', '.join(file.files) or 'nothing'}")
+            x_adv, index = file["x_adv"], file["index"]
+    except FileNotFoundError:
+        raise ArenaError(f"{path}: no such file") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+        raise ArenaError(f"{path}: not a readable npz file ({e})") from None
+    if x_adv.dtype != np.float32 or x_adv.ndim != 4:
+        raise ArenaError(f"{path}: x_adv is {x_adv.dtype} {x_adv.shape}, expected float32 (M, C, H, W)")
+    if index.dtype != np.int64 or index.shape != x_adv.shape[:1]:
+        raise ArenaError(f"{path}: index is {index.dtype} {index.shape}, expected int64 ({len(x_adv)},)")
+    if len(np.unique(index)) != len(index):
+        raise ArenaError(f"{path}: index names a point twice")
+    return torch.from_numpy(x_adv), torch.from_numpy(index)
+
+
+def _matches(record: dict[str, Any], contender: Contender, images: Images, x_adv: Tensor, rows: Tensor) -> list[str]:
+    """Check that model, data and file are those of the record; return what is not, in words."""
+    lines = []
+    if contender.id != record["model"]["id"]:
+        raise ArenaError(
+            f"the model at hand is {contender.id[:12]}, result {record['id']} is about {record['model']['id'][:12]}; "
+            "give its weights with --checkpoint"
+        )
+    if images.sha256 != record["asked"].get("data_sha256", images.sha256):
+        raise ArenaError(f"data set '{images.name}' is not the one of result {record['id']}")
+    if examples_hash(x_adv.numpy(), rows.numpy()) != record["examples"]["sha256"]:
+        lines.append("the examples file is not the one the result was made with (its hash differs)")
+    points = images.subset(record["asked"]["n"])
+    if hashlib.sha256(points.numpy().astype("<i8").tobytes()).hexdigest() != record["asked"]["indices_sha256"]:
+        lines.append("the points are not those of the result")
+    return lines
+
+
+def _score(
+    claim: Claim, contender: Contender, images: Images, x_adv: Tensor, rows: Tensor, lines: list[str], device: str
+) -> Verification:
+    outside = (rows < 0) | (rows >= len(images.y_test))
+    if bool(outside.any()):
+        raise ArenaError(f"{claim.file}: index {int(rows[outside][0])} is no test point of '{images.name}'")
+    if len(x_adv) and tuple(x_adv.shape[1:]) != images.shape:
+        raise ArenaError(f"{claim.file}: x_adv holds {tuple(x_adv.shape[1:])} images, '{images.name}' {images.shape}")
+    referee = Referee(contender.build().to(device), claim.threat, contender.surface.random, device)
+    points = rows if claim.record is None else images.subset(claim.record["asked"]["n"])
+    clean, labels = to_float(images.x_test[points]).to(device), images.y_test[points].to(device)
+    correct = (referee.score(clean, labels).predicted == labels).cpu()
+    x, y = to_float(images.x_test[rows]).to(device), images.y_test[rows].to(device)
+    word = referee.judge(x, x_adv.to(device), y)
+    broken = set(rows[word.broken.cpu()].tolist())
+    standing = correct & torch.tensor([int(i) not in broken for i in points.tolist()], dtype=torch.bool)
+    standing_claim = word.valid & ~word.broken
+    borderline = int((standing_claim & (word.margin.abs() < 1e-4)).sum())
+    refuted = int(standing_claim.sum()) - borderline
+    natural, robust, interval = share(correct)[0] if len(correct) else 0.0, None, None
+    if claim.record is not None:
+        robust, interval = share(standing)
+        lines += _differences(claim.record, natural, robust, borderline)
+    if refuted:
+        lines.append(f"{refuted} of {len(rows)} examples are classified correctly")
+    if word.violations:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in word.violations.items())
+        lines.append(f"examples that break the rules: {kinds}")
+    return Verification(
+        not lines,
+        len(rows),
+        len(broken),
+        refuted,
+        borderline,
+        word.violations,
+        natural,
+        robust,
+        interval,
+        contender.id,
+        lines,
+    )
+
+
+def _differences(record: dict[str, Any], natural: float, robust: float, borderline: int) -> list[str]:
+    n = record["asked"]["n"]
+    slack = 100.0 * borderline / n + 1e-9
+    found = []
+    for name, said, seen in (
+        ("natural accuracy", record["natural"]["accuracy"], natural),
+        ("worst case", record["worst_case"]["robust_accuracy"], robust),
+    ):
+        if said is not None and abs(said - seen) > slack:
+            found.append(f"{name}: the result says {said:.2f} %, the referee finds {seen:.2f} %")
+    return found
