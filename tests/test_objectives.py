@@ -102,5 +102,5 @@ def test_targeted_needs_a_target():
 
 def test_by_reference_and_unknown():
     assert objective("arena.objectives:ce") is objectives.ce
-    with pytest.raises(ArenaError, match=r"unknown objective 'marginn'; did you mean 'margin'?"):
+    with pytest.raises(ArenaError, match=r"^unknown objective 'marginn'; did you mean 'margin'\?$"):
         objective("marginn")
