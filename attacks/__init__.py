@@ -86,8 +86,39 @@ _PGD = (
     ),
 )
 
+_RHO = Option(0.75, "share of rises below which a window counts as stalling, 0 to 1", low=0, high=1)
+_TARGETS = Option(9, "classes to aim at, the highest wrong ones first, at least 1; never more than K - 1", low=1)
+_APGD_PAPER = "Croce & Hein 2020, arXiv 2003.01690"
+
+_APGD = (
+    AttackSpec(
+        "apgd_ce",
+        "Auto-PGD on the cross-entropy",
+        _BOTH,
+        iterate="arena_attacks.apgd:apgd_ce",
+        paper=_APGD_PAPER,
+        options={"steps": _steps(100), "restarts": _restarts(), "rho": _RHO, "head": _HEAD},
+    ),
+    AttackSpec(
+        "apgd_dlr",
+        "Auto-PGD on the difference of logits ratio",
+        _BOTH,
+        iterate="arena_attacks.apgd:apgd_dlr",
+        paper=_APGD_PAPER,
+        options={"steps": _steps(100), "restarts": _restarts(), "rho": _RHO, "head": _HEAD},
+    ),
+    AttackSpec(
+        "apgd_t",
+        "Auto-PGD on the targeted difference of logits ratio",
+        _BOTH,
+        iterate="arena_attacks.apgd:apgd_t",
+        paper=_APGD_PAPER,
+        options={"targets": _TARGETS, "steps": _steps(100), "restarts": _restarts(), "rho": _RHO, "head": _HEAD},
+    ),
+)
+
 
 @hookimpl
 def arena_register_attacks() -> list[AttackSpec | RosterSpec]:
     """Return the built-in attacks and rosters."""
-    return [*_PGD]
+    return [*_PGD, *_APGD]

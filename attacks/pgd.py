@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from arena.attack import Answer, Query, Setup, State, Unsupported
+
 from .steps import ascend, inside_start, one_hot, rows, spread, wrong
 
 

@@ -120,3 +120,28 @@ def models():
         headed = HEADED
 
     return Models
+
+
+@pytest.fixture
+def worst_case():
+    """Return a function giving the exact largest margin of a linear model over ball and box, (N,).
+
+    For L2 the images must be so far from the box's faces that the box does not bind.
+    """
+
+    def exact(fight: Fight) -> Tensor:
+        layer, x = fight.target.model[1], fight.x.flatten(1)
+        best = torch.full((len(fight.y),), -torch.inf)
+        for k in range(layer.out_features):
+            w = layer.weight[k] - layer.weight[fight.y]
+            if fight.threat.norm == "Linf":
+                lo, hi = (x - fight.threat.radius).clamp(0, 1), (x + fight.threat.radius).clamp(0, 1)
+                reach = torch.where(w > 0, hi, lo)
+            else:
+                reach = x + fight.threat.radius * w / w.norm(dim=1, keepdim=True).clamp_min(1e-12)
+                assert ((reach >= 0) & (reach <= 1)).all()
+            value = (w * reach).sum(1) + layer.bias[k] - layer.bias[fight.y]
+            best = best.maximum(value.where(fight.y != k, -torch.inf))
+        return best
+
+    return exact

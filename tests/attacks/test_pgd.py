@@ -6,29 +6,13 @@ import torch
 from arena.attack import Unsupported
 
 
-def worst_linf(fight):
-    """Exact largest margin of a linear model over ball and box, each rival class on its own."""
-    layer = fight.target.model[1]
-    lo, hi = (
-        (fight.x - fight.threat.radius).clamp(0, 1).flatten(1),
-        (fight.x + fight.threat.radius).clamp(0, 1).flatten(1),
-    )
-    best = torch.full((len(fight.y),), -torch.inf)
-    for k in range(layer.out_features):
-        w = layer.weight[k] - layer.weight[fight.y]
-        reach = torch.where(w > 0, hi, lo)
-        value = (w * reach).sum(1) + layer.bias[k] - layer.bias[fight.y]
-        best = best.maximum(value.where(fight.y != k, -torch.inf))
-    return best
-
-
 @pytest.mark.parametrize("name", ["pgd", "cw_linf"])
 @pytest.mark.parametrize("classes", [2, 3, 10])
-def test_margin_reaches_the_exact_worst_case_of_a_linear_model(fight, models, name, classes):
+def test_margin_reaches_the_exact_worst_case_of_a_linear_model(fight, models, worst_case, name, classes):
     options = {"loss": "margin"} if name == "pgd" else {}
     f = fight(name, models.linear((1, 8, 8), classes), eps="0.004", restarts=3, **options)
     outcome = f.run()
-    exact = worst_linf(f)
+    exact = worst_case(f)
     held = ~f.broken(outcome)
     assert held.any()
     start = f.margins(type(outcome).empty(f.x))
@@ -38,10 +22,10 @@ def test_margin_reaches_the_exact_worst_case_of_a_linear_model(fight, models, na
     assert (f.broken(outcome)[exact > 0.05 * possible]).all()
 
 
-def test_fgsm_on_two_classes_is_exact_and_costs_two_forwards_and_one_backward(fight, models):
+def test_fgsm_on_two_classes_is_exact_and_costs_two_forwards_and_one_backward(fight, models, worst_case):
     f = fight("fgsm", models.linear((1, 4, 6), 2), shape=(1, 4, 6), eps="0.01")
     outcome = f.run()
-    exact = worst_linf(f)
+    exact = worst_case(f)
     assert torch.allclose(f.margins(outcome), exact, atol=1e-4)
     assert outcome.forwards.tolist() == [2] * 12
     assert outcome.backwards.tolist() == [1] * 12
