@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from arena.datasets import SPLIT_SEED
 from arena.errors import ArenaError
 from arena.objectives import best_other
 from arena.referee import exact
@@ -133,7 +134,7 @@ def _neighbours(model: nn.Module, surface: Surface, x: Tensor) -> Indicator:
     if surface.random:
         return Indicator("depends_on_neighbours", False, evidence="not checked: the model is random")
     rows = pad(x)
-    others = torch.rand(rows.shape, generator=torch.Generator().manual_seed(0)).to(rows.device)
+    others = torch.rand(rows.shape, generator=torch.Generator().manual_seed(SPLIT_SEED)).to(rows.device)
     gap = 0.0
     with exact():
         usual = model(rows)

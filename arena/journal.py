@@ -97,7 +97,7 @@ class AttackKeeper:
         kept = _read(self.folder / f"{self.name}.state.npz")
         if kept is None:
             return rows, None, moved
-        moved = moved or bool(kept.pop("moved"))
+        moved = bool(kept.pop("moved")) or moved
         return rows, {k: torch.from_numpy(v) for k, v in kept.items()}, moved
 
     def finished(self, rows: dict[int, Row], moved: bool) -> None:

@@ -1,0 +1,96 @@
+"""The defense check: each broken rule is named; honest models pass."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from arena.check import check_defense
+from arena.errors import ArenaError
+from arena.surface import Head, Surface
+
+sys.path.insert(0, str(Path(__file__).parent / "packages" / "cheats"))
+import arena_cheats
+
+X = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(40) % 10
+
+
+def flags(build, surface=None):
+    return {i.name: i for i in check_defense(build, surface or Surface(), X, Y, 10) if i.flag}
+
+
+def test_an_honest_model_passes():
+    assert flags(arena_cheats.honest) == {}
+
+
+@pytest.mark.parametrize(
+    ("factory", "name", "fatal"),
+    [
+        ("undeclared_randomness", "undeclared_randomness", True),
+        ("depends_on_neighbours", "depends_on_neighbours", True),
+        ("changes_when_called", "defense_changes", True),
+        ("probabilities", "probabilities", False),
+        ("no_gradient", "no_gradient", False),
+    ],
+)
+def test_each_cheat_is_named(factory, name, fatal):
+    found = flags(getattr(arena_cheats, factory))
+    assert name in found
+    assert found[name].fatal is fatal
+    assert found[name].evidence
+    assert found[name].remedy
+
+
+def test_declared_randomness_is_no_flag():
+    assert "undeclared_randomness" not in flags(arena_cheats.undeclared_randomness, Surface(random=True))
+
+
+def test_batch_statistics_at_test_time_are_found():
+    class BatchStatistics(arena_cheats.Base):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(1, track_running_stats=False)
+
+        def forward(self, x):
+            return self.scores(self.norm(x))
+
+    assert "depends_on_neighbours" in flags(BatchStatistics)
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (lambda x: x, r"returns torch.float32 \(32, 1, 8, 8\), expected float logits \(N, 10\)"),
+        (lambda x: (x,), "returns tuple, expected float logits"),
+        (lambda x: x.flatten(1)[:, :4], "returns 4 logits, the data set has 10 classes"),
+        (lambda x: x.flatten(1) @ torch.ones(3, 3), r"cannot be called on images \(1, 8, 8\): RuntimeError"),
+    ],
+)
+def test_a_model_that_is_no_classifier_is_refused_in_one_line(out, message):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return out(x)
+
+    with pytest.raises(ArenaError, match=message) as caught:
+        check_defense(Odd, Surface(), X, Y, 10)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_surface_that_does_not_fit_is_refused():
+    with pytest.raises(ArenaError, match="no module 'linaer'; did you mean 'linear'"):
+        check_defense(arena_cheats.honest, Surface(heads={"a": Head("linaer")}), X, Y, 10)
+
+
+def test_a_head_that_never_fires_is_refused():
+    class Idle(arena_cheats.Base):
+        def __init__(self):
+            super().__init__()
+            self.idle = nn.Linear(64, 10)
+
+    with pytest.raises(ArenaError, match="head 'a' at 'idle' .* never fired"):
+        check_defense(Idle, Surface(heads={"a": Head("idle")}), X, Y, 10)
