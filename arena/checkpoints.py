@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as read_safetensors
 from safetensors.torch import save as make_safetensors
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from arena.errors import ArenaError, nearest
 from arena.home import atomic_write
@@ -105,14 +106,44 @@ def _line(error: BaseException) -> str:
     return text[0][:160] if text else type(error).__name__
 
 
+def snapshot(model: nn.Module) -> Weights:
+    """Copy every parameter and buffer, those that a state dict leaves out included, to the CPU.
+
+    Raises:
+        ArenaError: a parameter of a lazy module that has not seen a batch yet.
+    """
+    return {name: tensor.detach().cpu().clone() for name, tensor in _tensors(model).items()}
+
+
+def restore(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+    """Copy a ``snapshot`` into a model made by the same factory.
+
+    Raises:
+        ArenaError: the factory made another architecture this time.
+    """
+    tensors = _tensors(model)
+    odd = [k for k in {**tensors, **weights} if k not in weights or k not in tensors]
+    odd += [k for k in tensors if k in weights and tensors[k].shape != weights[k].shape]
+    if odd:
+        raise ArenaError(f"{where}: builds another architecture each time ('{odd[0]}' differs)")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(weights[name])
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    found = dict(model.named_parameters(remove_duplicate=False))
+    lazy = [k for k, v in found.items() if is_lazy(v)]
+    if lazy:
+        raise ArenaError(f"the model's parameter '{lazy[0]}' has no shape yet: run a lazy module once in its factory")
+    return {**found, **dict(model.named_buffers(remove_duplicate=False))}
+
+
 def model_id(model: nn.Module, *spec: str) -> str:
     """Return the model's identity: sha256 over sorted (name, dtype, shape, little-endian bytes) of parameters and
     buffers, then over the texts ``spec`` (spec identity, options, eval options, hashes of sources)."""
     digest = hashlib.sha256()
-    tensors = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    tensors = _tensors(model)
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}\n{str(tensor.dtype).removeprefix('torch.')}\n{tuple(tensor.shape)}\n".encode())

@@ -34,8 +34,8 @@ _EWAS_OPTIONS = {
     "labels": _LABELS,
     "slot": Option("auto", "backbone slot that holds the mask; auto: the last but one (layer4.0.out in resnet18)"),
 }
-_FGAA_PAPER = "FGAA: Fine-Grained Activation Alignment"
-_EWAS_PAPER = "EWAS: Element-Wise Activation Scaling"
+_INNER = Option("full", "inner attack climbs the full loss (paper) or the heads' alone (code)", ("full", "aux"))
+_MASK = Option("label", "masks in the inner attack: true label (code) or own argmax", ("label", "argmax"))
 
 
 def _bare(name: str, summary: str, paper: str, **options: Option) -> DefenseSpec:
@@ -47,6 +47,33 @@ def _bare(name: str, summary: str, paper: str, **options: Option) -> DefenseSpec
         paper=paper,
         options=options,
         presets=_presets(_PLAIN[name]),
+    )
+
+
+def _masked(
+    module: str,
+    recipe: str,
+    presets: Mapping[str, Preset],
+    options: Mapping[str, Option],
+    published: Mapping[str, float],
+) -> DefenseSpec:
+    masks = {"fgaa": "two class-conditional activation masks", "ewas": "one class-conditional activation mask"}[module]
+    training = {"sat": "adversarially trained", "rt": "trained on natural images"}[recipe]
+    return DefenseSpec(
+        f"{module}_{recipe}",
+        f"{masks}, {training}",
+        build=f"arena_defenses.{module}:build",
+        surface=f"arena_defenses.{module}:surface",
+        recipe=f"arena_defenses.recipes:{recipe}",
+        paper={
+            "fgaa": "FGAA: Fine-Grained Activation Alignment",
+            "ewas": "EWAS: Element-Wise Activation Scaling",
+        }[module],
+        module=module,
+        twin=recipe,
+        options=options,
+        presets=presets,
+        published=published,
     )
 
 
@@ -101,56 +128,25 @@ def arena_register_defenses() -> Iterable[DefenseSpec]:
         "Wang et al., Improving Adversarial Robustness Requires Revisiting Misclassified Examples, ICLR 2020",
         beta=Option(5.0, "weight of the divergence, at least 0 (papers: 5 for ResNet-18, 6 for WRN)", low=0),
     )
-    fgaa = {"build": "arena_defenses.fgaa:build", "surface": "arena_defenses.fgaa:surface", "paper": _FGAA_PAPER}
-    yield DefenseSpec(
-        "fgaa_sat",
-        "two class-conditional activation masks, adversarially trained",
-        recipe="arena_defenses.recipes:sat",
-        module="fgaa",
-        twin="sat",
-        options={
-            **_FGAA_OPTIONS,
-            "inner": Option(
-                "full", "inner attack climbs the full loss (paper) or the heads' alone (code)", ("full", "aux")
-            ),
-        },
-        presets=_presets(_FGAA),
-        published={"natural": 86.19, "fgsm": 60.84, "pgd20": 62.18, "cw_linf": 86.62, "autoattack": 62.68},
-        **fgaa,
+    yield _masked(
+        "fgaa",
+        "sat",
+        _presets(_FGAA),
+        {**_FGAA_OPTIONS, "inner": _INNER},
+        {"natural": 86.19, "fgsm": 60.84, "pgd20": 62.18, "cw_linf": 86.62, "autoattack": 62.68},
     )
-    yield DefenseSpec(
-        "fgaa_rt",
-        "two class-conditional activation masks, trained on natural images",
-        recipe="arena_defenses.recipes:rt",
-        module="fgaa",
-        twin="rt",
-        options=_FGAA_OPTIONS,
-        presets=_presets(_FGAA),
-        published={"natural": 93.37, "fgsm": 69.28, "pgd20": 57.47, "cw_linf": 45.44},
-        **fgaa,
+    yield _masked(
+        "fgaa",
+        "rt",
+        _presets(_FGAA),
+        _FGAA_OPTIONS,
+        {"natural": 93.37, "fgsm": 69.28, "pgd20": 57.47, "cw_linf": 45.44},
     )
-    ewas = {"build": "arena_defenses.ewas:build", "surface": "arena_defenses.ewas:surface", "paper": _EWAS_PAPER}
-    yield DefenseSpec(
-        "ewas_sat",
-        "one class-conditional activation mask, adversarially trained",
-        recipe="arena_defenses.recipes:sat",
-        module="ewas",
-        twin="sat",
-        options={
-            **_EWAS_OPTIONS,
-            "mask": Option("label", "masks in the inner attack: true label (code) or own argmax", ("label", "argmax")),
-        },
-        presets=_presets(_EWAS, svhn=_EWAS_SVHN),
-        published={"natural": 84.73, "fgsm": 65.78, "pgd20": 64.84, "cw_linf": 82.35, "autoattack": 55.60},
-        **ewas,
+    yield _masked(
+        "ewas",
+        "sat",
+        _presets(_EWAS, svhn=_EWAS_SVHN),
+        {**_EWAS_OPTIONS, "mask": _MASK},
+        {"natural": 84.73, "fgsm": 65.78, "pgd20": 64.84, "cw_linf": 82.35, "autoattack": 55.60},
     )
-    yield DefenseSpec(
-        "ewas_rt",
-        "one class-conditional activation mask, trained on natural images",
-        recipe="arena_defenses.recipes:rt",
-        module="ewas",
-        twin="rt",
-        options=_EWAS_OPTIONS,
-        presets=_presets(_EWAS, svhn=_EWAS_SVHN),
-        **ewas,
-    )
+    yield _masked("ewas", "rt", _presets(_EWAS, svhn=_EWAS_SVHN), _EWAS_OPTIONS, {})

@@ -1,0 +1,392 @@
+"""Models: from a defense's text to trained weights, through a cache keyed by everything that decides them.
+
+The cache is ``models/<key>/`` in the arena's home: ``best.safetensors``, ``last.safetensors`` and, written last, the
+mark of a finished training, ``model.json``. The best epoch on held-out images is the one that is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arena import entries
+from arena.backbones import DatasetInfo
+from arena.checkpoints import load_weights, model_id, read_weights, snapshot
+from arena.contender import Contender, count, digest, seeded
+from arena.datasets import Images, describe
+from arena.errors import ArenaError, PluginError
+from arena.home import atomic_write, home, lock
+from arena.plugins import Registered, Registry
+from arena.specs import BackboneSpec, DatasetSpec, DefenseSpec, Preset, Value, canonical, chosen, complete, load, text
+from arena.surface import Surface, surface_from_toml
+from arena.threat import Threat
+from arena.training import Fitted, Stage, fit, seed_of, supports
+from arena.usermodels import OwnPlan, hash_file, is_own, plan_own
+from arena.watch import Watch
+
+#: Precision of training; part of the training key.
+PRECISION = "fp32"
+
+
+@dataclass(frozen=True)
+class TrainedPlan:
+    """How to get a registered defense: from the cache, from a checkpoint, or by training."""
+
+    key: str
+    """Names model and use: training key, or checkpoint, with eval options and a surface file."""
+    training_key: str
+    """Names the weights: defense and training version, options, backbone, data, preset, precision, seed, threat."""
+    defense: Registered[DefenseSpec]
+    options: Mapping[str, Value]
+    eval_options: Mapping[str, Value]
+    backbone: Registered[BackboneSpec]
+    backbone_options: Mapping[str, Value]
+    dataset: str
+    """As asked for, ``npz:FILE`` included."""
+    spec: DatasetSpec
+    images: Images
+    train_seed: int
+    threat: Threat
+    preset: Preset | None
+    stages: Sequence[Stage]
+    checkpoint: Path | None
+    surface: Surface | None
+    """From a file; None: the defense's own."""
+    starts: Mapping[str, TrainedPlan]
+    """Plans of the defenses that stages start from."""
+
+    @property
+    def name(self) -> str:
+        """Canonical name: options that differ from their defaults are shown."""
+        spec = self.defense.spec
+        shown = {**chosen(spec.options, self.options), **chosen(spec.eval_options, self.eval_options)}
+        return canonical(self.defense.name, shown)
+
+    @property
+    def backbone_name(self) -> str:
+        """Canonical name of the backbone."""
+        return canonical(self.backbone.name, chosen(self.backbone.spec.options, self.backbone_options))
+
+    @property
+    def folder(self) -> Path:
+        """Where the trained model is, or will be, kept."""
+        return home() / "models" / self.training_key[:16]
+
+    @property
+    def command(self) -> str:
+        """The ``arena train`` line that makes this model."""
+        words = ["arena", "train", canonical(self.defense.name, chosen(self.defense.spec.options, self.options))]
+        words += ["--dataset", self.dataset]
+        if self.backbone_name != self.spec.backbone:
+            words += ["--backbone", self.backbone_name]
+        if any(s.adversarial for s in self.stages) and (self.threat.norm, self.threat.fraction) != (
+            self.spec.norm,
+            Threat.parse(self.spec.norm, self.spec.eps).fraction,
+        ):
+            words += ["--norm", self.threat.norm, "--eps", self.threat.eps]
+        if self.train_seed:
+            words += ["--train-seed", str(self.train_seed)]
+        return shlex.join(words)
+
+    def cached(self) -> bool:
+        """Tell whether a finished training is in the cache."""
+        return (self.folder / "model.json").exists()
+
+    def obtain(self, *, train: bool, retrain: bool, device: str, watch: Watch) -> Contender:
+        """Return the model: the checkpoint's, the cached one, or a newly trained one where ``train`` allows it.
+
+        Raises:
+            ArenaError: no trained model and ``train`` is false (the message holds the ``arena train`` line), another
+                process is training it, training diverged, or a checkpoint is missing, corrupt or does not fit.
+        """
+        if self.checkpoint is not None:
+            weights = read_weights(self.checkpoint)
+            trained: dict[str, Any] = {
+                "weights": "checkpoint",
+                "checkpoint": self.checkpoint.name,
+                "sha256": hash_file(self.checkpoint),
+            }
+            return self._contender(weights, trained, f"checkpoint '{self.checkpoint}' for '{self.name}'")
+        if retrain or not self.cached():
+            if not train:
+                raise ArenaError(
+                    f"no trained model of '{self.name}' for data set '{self.dataset}'; train it with: {self.command}"
+                )
+            with lock(f"model-{self.training_key[:16]}"):
+                if retrain:
+                    for name in ("model.json", "resume.pt"):
+                        (self.folder / name).unlink(missing_ok=True)
+                if not self.cached():
+                    self._train(train=train, device=device, watch=watch)
+        record = self._record()
+        return self._contender(self._stored(record), record["trained"], f"model '{self.name}' in {self.folder}")
+
+    def _train(self, *, train: bool, device: str, watch: Watch) -> None:
+        if self.preset is None:
+            known = ", ".join(sorted(self.defense.spec.presets)) or "none"
+            raise ArenaError(
+                f"defense '{self.name}' has no training preset for data set '{self.spec.name}' (it has: {known}); "
+                "give its weights with --checkpoint"
+            )
+
+        def start(text: str) -> Mapping[str, Tensor]:
+            return self.starts[text].obtain(train=train, retrain=False, device=device, watch=watch).weights
+
+        for other in self.starts.values():
+            other.obtain(train=train, retrain=False, device=device, watch=watch)
+        where = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+        model = self._make()
+        fitted = fit(
+            model,
+            self.stages,
+            self.images,
+            self.preset,
+            self.threat,
+            name=self.name,
+            surface=self._surface(model),
+            train_seed=self.train_seed,
+            folder=self.folder,
+            device=torch.device(where),
+            watch=watch,
+            start=start,
+        )
+        files = {
+            name: hashlib.sha256((self.folder / name).read_bytes()).hexdigest()
+            for name in ("best.safetensors", "last.safetensors")
+        }
+        record = {
+            "schema": 1,
+            "key": self.training_key,
+            "defense": self.name,
+            "dataset": self.images.name,
+            "backbone": self.backbone_name,
+            "files": files,
+            "trained": self._trained(fitted, where),
+            "history": fitted.history,
+        }
+        atomic_write(self.folder / "model.json", json.dumps(record, indent=1).encode())
+        (self.folder / "resume.pt").unlink(missing_ok=True)
+
+    def _trained(self, fitted: Fitted, device: str) -> dict[str, Any]:
+        assert self.preset is not None
+        adversarial = any(s.adversarial for s in self.stages)
+        return {
+            "weights": "best",
+            "key": self.training_key,
+            "train_seed": self.train_seed,
+            "threat": {"norm": self.threat.norm, "eps": self.threat.eps} if adversarial else None,
+            "preset": asdict(self.preset),
+            "epochs": len(fitted.history),
+            "best_epoch": fitted.best.get("epoch"),
+            "held_out": {
+                "images": fitted.held_out,
+                **{k: fitted.best[k] for k in ("natural", "pgd") if k in fitted.best},
+            },
+            "precision": PRECISION,
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "seconds": round(fitted.seconds, 2),
+        }
+
+    def _record(self) -> dict[str, Any]:
+        path = self.folder / "model.json"
+        try:
+            record: dict[str, Any] = json.loads(path.read_bytes())
+            sound = "best.safetensors" in record["files"] and "trained" in record
+        except (OSError, ValueError, KeyError, TypeError):
+            sound = False
+        if not sound:
+            raise ArenaError(f"{path}: damaged; train again with --retrain") from None
+        return record
+
+    def _stored(self, record: dict[str, Any]) -> Mapping[str, Tensor]:
+        path = self.folder / "best.safetensors"
+        if not path.exists() or hash_file(path) != record["files"][path.name]:
+            raise ArenaError(f"{path}: missing or damaged; train again with --retrain")
+        return read_weights(path)
+
+    def _make(self) -> nn.Module:
+        """Build the untrained model, its first weights drawn under the train seed."""
+        spec, images = self.defense.spec, self.images
+        info = DatasetInfo(
+            images.name, images.shape, images.n_classes, self.backbone.spec.name, tuple(self.backbone.spec.slots)
+        )
+        with seeded(seed_of("init", self.train_seed)):
+            inner = load(self.backbone.spec.build)(
+                shape=images.shape, n_classes=images.n_classes, **self.backbone_options
+            )
+            model = load(spec.build)(inner, info, **self.options)
+        if not isinstance(model, nn.Module):
+            raise PluginError(
+                f"defense '{self.defense.name}' ({self.defense.origin}): build returned a {type(model).__name__}, "
+                "expected an nn.Module"
+            )
+        return model
+
+    def _surface(self, model: nn.Module) -> Surface:
+        if self.surface is not None:
+            return self.surface
+        if self.defense.spec.surface is None:
+            return Surface()
+        found: Surface = load(self.defense.spec.surface)(model)
+        return found
+
+    def _contender(self, weights: Mapping[str, Tensor], trained: Mapping[str, Any], where: str) -> Contender:
+        spec = self.defense.spec
+        model = self._make()
+        load_weights(model, weights, where)
+        identity = f"{self.defense.distribution}/{canonical(spec.name, self.options)} on {self.backbone_name}"
+        finish = partial(load(spec.apply), **self.eval_options) if spec.apply and self.eval_options else None
+        found = Contender(
+            name=self.name,
+            id=model_id(model, identity, canonical("eval", self.eval_options)),
+            key=self.key,
+            backbone=self.backbone_name,
+            options=self.options,
+            eval_options=self.eval_options,
+            trained=trained,
+            parameters=count(model),
+            twin=spec.twin,
+            origin=self.defense.origin,
+            surface=self._surface(model),
+            factory=self._make,
+            weights=snapshot(model),
+            finish=finish,
+        )
+        return found
+
+
+Plan = TrainedPlan | OwnPlan
+
+
+def plan(
+    defense_text: str,
+    *,
+    dataset: str,
+    images: Images,
+    backbone: str | None,
+    train_seed: int,
+    threat: Threat,
+    checkpoint: Path | None,
+    surface: Path | None,
+    registry: Registry,
+    epochs: int | None = None,
+) -> Plan:
+    """Check a defense's text and work out its key; trains nothing and reads no weights.
+
+    Args:
+        defense_text: registered name with options, or ``file.py:factory`` / ``package.module:factory``.
+        dataset: name as asked for; ``images`` is what it loaded to.
+        backbone: name with options; None: the data set's default.
+        train_seed: any integer.
+        threat: what adversarial training trains against; part of the key of recipes that do.
+        checkpoint: weights to use instead of training.
+        surface: TOML file that replaces the declared surface.
+        registry: where defenses and backbones are found.
+        epochs: instead of the preset's; part of the key.
+
+    Raises:
+        ArenaError: unknown defense, backbone or option, bad value, a norm the recipe cannot train under, a missing
+            checkpoint or surface file; one line each.
+    """
+    if is_own(defense_text):
+        if backbone is not None:
+            raise ArenaError(f"'{defense_text}': a model of your own takes no --backbone, got '{backbone}'")
+        return plan_own(defense_text, train_seed=train_seed, checkpoint=checkpoint, surface=surface)
+    name, given = entries.parse(defense_text)
+    defense = registry.get("defense", name)
+    spec: DefenseSpec = defense.spec
+    owner = f"defense '{name}'"
+    known = {**spec.options, **spec.eval_options}
+    completed = complete(owner, known, given)
+    options = {k: completed[k] for k in spec.options}
+    eval_options = {k: completed[k] for k in spec.eval_options}
+    data = describe(dataset, registry)
+    base, base_given = entries.parse(backbone or data.backbone)
+    found = registry.get("backbone", base)
+    base_options = complete(f"backbone '{base}'", found.spec.options, base_given)
+    stages = list(load(spec.recipe)(**options))
+    if checkpoint is None:
+        supports(owner, stages, threat)
+    preset = preset_for(spec, data.name, found.spec.name)
+    if preset is not None and epochs is not None:
+        preset = Preset(**{**asdict(preset), "epochs": epochs})
+    starts: dict[str, TrainedPlan] = {}
+    for text_ in dict.fromkeys(s.start_from for s in stages if s.start_from):
+        other = plan(
+            text_,
+            dataset=dataset,
+            images=images,
+            backbone=backbone,
+            train_seed=train_seed,
+            threat=threat,
+            checkpoint=None,
+            surface=None,
+            registry=registry,
+        )
+        if isinstance(other, OwnPlan):
+            raise PluginError(f"{owner}: a stage starts from '{text_}', expected a registered defense")
+        starts[text_] = other
+    adversarial = any(s.adversarial for s in stages)
+    training_key = digest(
+        {
+            "defense": f"{defense.distribution}/{spec.name}",
+            "training_version": spec.training_version,
+            "options": {k: text(v) for k, v in options.items()},
+            "backbone": f"{found.distribution}/{found.spec.name}",
+            "backbone_options": {k: text(v) for k, v in base_options.items()},
+            "data": images.sha256,
+            "preset": None if preset is None else asdict(preset),
+            "precision": PRECISION,
+            "train_seed": train_seed,
+            "threat": [threat.norm, str(threat.fraction)] if adversarial else None,
+            "starts": {k: p.training_key for k, p in starts.items()},
+        }
+    )
+    shape = [training_key] if checkpoint is None else [spec.name, defense.distribution, hash_file(checkpoint)]
+    key = digest(
+        {
+            "weights": shape,
+            "options": {k: text(v) for k, v in options.items()},
+            "backbone": [found.distribution, canonical(found.spec.name, base_options)],
+            "eval_options": {k: text(v) for k, v in eval_options.items()},
+            "surface": None if surface is None else hash_file(surface),
+        }
+    )
+    return TrainedPlan(
+        key=key,
+        training_key=training_key,
+        defense=defense,
+        options=options,
+        eval_options=eval_options,
+        backbone=found,
+        backbone_options=base_options,
+        dataset=dataset,
+        spec=data,
+        images=images,
+        train_seed=train_seed,
+        threat=threat,
+        preset=preset,
+        stages=stages,
+        checkpoint=checkpoint,
+        surface=None if surface is None else surface_from_toml(surface),
+        starts=starts,
+    )
+
+
+def preset_for(spec: DefenseSpec, dataset: str, backbone: str) -> Preset | None:
+    """Return a defense's training settings: for data set and backbone, else the data set, else ``*``, else None."""
+    for name in (f"{dataset}/{backbone}", dataset, "*"):
+        if name in spec.presets:
+            return spec.presets[name]
+    return None
