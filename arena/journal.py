@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shutil
 import time
 import uuid
@@ -23,8 +24,8 @@ from arena.attack import State
 from arena.engine import Row
 from arena.home import atomic_write
 
-#: Seconds between snapshots; a killed run repeats at most this much.
-EVERY = 10.0
+#: Seconds between snapshots; a killed run repeats at most this much and one step. ``ARENA_SNAPSHOT_SECONDS`` overrides.
+EVERY = float(os.environ.get("ARENA_SNAPSHOT_SECONDS", "10"))
 
 
 @dataclass

@@ -1,0 +1,262 @@
+"""Matches end to end: honest ones give honest numbers, every planted cheat is caught by name, nothing is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from arena.errors import ArenaError
+from arena.match import play
+from arena.plugins import discover
+from arena.question import Question, Running
+from arena.results import examples_hash
+from arena.store import open_store
+from arena.watch import Silent
+
+CHEATS = Path(__file__).parent / "packages" / "cheats"
+GO = Running(device="cpu")
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch, arena_home):
+    """The installed plugins and the package of cheats."""
+    info = tmp_path / "site" / "arena_cheats-0.0.1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: arena-cheats\nVersion: 0.0.1\n")
+    (info / "entry_points.txt").write_text("[arena]\narena-cheats = arena_cheats\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.syspath_prepend(str(CHEATS))
+    found = discover()
+    assert not found.problems
+    return found
+
+
+def ask(registry, factory="honest", vs=("pgd",), **changes):
+    usual = {"n": 32, "eps": "0.05"}
+    question = Question(f"arena_cheats:{factory}", vs, **{**usual, **changes})
+    return play(question, GO, registry, Silent())
+
+
+def flags(record):
+    return {i["name"] for i in record["audit"]["indicators"] if i["flag"]}
+
+
+@pytest.mark.parametrize(
+    ("attack", "status", "said"),
+    [
+        ("outside_ball", "failed", "ball"),
+        ("outside_box", "failed", "box"),
+        ("gives_nan", "failed", "nan"),
+        ("wrong_shape", "failed", "1, 7, 8), expected float ("),
+        ("edits_weights", "failed", "the attack changed the model: linear.bias"),
+        ("hooks_model", "failed", "the attack changed the model: what it returns for the same images"),
+        ("claims_success", "failed", "false_claim"),
+        ("claims_success_iterated", "failed", "false_claim"),
+        ("crashes", "failed", "ZeroDivisionError: division by a planted zero"),
+        ("crashes_midway", "failed", "RuntimeError: planted"),
+        ("returns_input", "no_effect", "no query and no returned point differed"),
+        ("looks_only", "no_effect", "no query and no returned point differed"),
+    ],
+)
+def test_a_bad_attack_is_caught_by_name(registry, attack, status, said):
+    """Beside an honest attack: the match is suspect, the cheat breaks nothing, the honest number stands."""
+    correct = round(ask(registry).record["natural"]["accuracy"] * 32 / 100)
+    record = ask(registry, vs=(attack, "pgd")).record
+    row = next(r for r in record["attacks"] if r["name"] == attack)
+    assert row["status"] == status
+    assert said in row["error"]
+    assert row["broken"] == 0
+    assert row["plugin"] == "arena-cheats 0.0.1"
+    assert record["audit"]["verdict"] == "suspect"
+    assert any(attack in i["evidence"] for i in record["audit"]["indicators"])
+    honest = next(r for r in record["attacks"] if r["name"] == "pgd")
+    assert honest["status"] == "ok"
+    assert honest["attempted"] == correct
+    assert record["worst_case"]["robust_accuracy"] == honest["robust_accuracy"]
+
+
+def test_only_bad_attacks_void_the_match(registry):
+    record = ask(registry, vs=("crashes", "returns_input")).record
+    assert record["audit"]["verdict"] == "void"
+    assert record["attacks"][0]["robust_accuracy"] is None
+
+
+@pytest.mark.parametrize(
+    ("factory", "indicator", "verdict"),
+    [
+        ("undeclared_randomness", "undeclared_randomness", "void"),
+        ("depends_on_neighbours", "depends_on_neighbours", "void"),
+        ("changes_when_called", "defense_changes", "void"),
+        ("changes_late", "defense_changes", "void"),
+        ("remembers_late", "defense_changes", "void"),
+        ("probabilities", "probabilities", "suspect"),
+        ("no_gradient", "no_gradient", "suspect"),
+    ],
+)
+def test_a_bad_defense_is_caught_by_name(registry, factory, indicator, verdict):
+    record = ask(registry, factory, vs=("pgd(steps=60)",)).record
+    assert indicator in flags(record)
+    assert record["audit"]["verdict"] == verdict
+
+
+def test_the_record_adds_up(registry):
+    record = ask(registry, vs=("fgsm", "pgd", "autoattack")).record
+    n, natural = record["asked"]["n"], record["natural"]["accuracy"]
+    worst = record["worst_case"]
+    correct, standing = round(natural * n / 100), round(worst["robust_accuracy"] * n / 100)
+    assert sum(worst["broken_by"].values()) == correct - standing
+    assert worst["robust_accuracy"] <= min(r["robust_accuracy"] for r in record["rosters"])
+    assert [r["name"] for r in record["rosters"]] == ["fgsm", "pgd", "autoattack"]
+    cascade = [r for r in record["attacks"] if r["entry"] == "autoattack"]
+    for before, after in itertools.pairwise(cascade):
+        assert after["attempted"] == before["attempted"] - before["broken"]
+    assert record["attacks"][0]["attempted"] == correct
+    assert cascade[0]["attempted"] == correct
+    assert record["rosters"][2]["complete"]
+    json.dumps(record)
+    low, high = worst["ci95"]
+    assert low <= worst["robust_accuracy"] <= high
+
+
+def test_kept_examples_are_what_they_say(registry, arena_home):
+    record = ask(registry).record
+    with np.load(arena_home / record["examples"]["file"], allow_pickle=False) as file:
+        x_adv, index = file["x_adv"], file["index"]
+    assert len(index) == sum(record["worst_case"]["broken_by"].values()) > 0
+    assert examples_hash(x_adv, index) == record["examples"]["sha256"]
+    assert x_adv.dtype == np.float32
+    outcomes = open_store().outcomes(record["id"])
+    assert {i for i, b in zip(outcomes.index, outcomes.broken, strict=True) if b} == set(index.tolist())
+
+
+def test_the_same_question_is_answered_from_the_store_and_a_replay_agrees(registry):
+    first = ask(registry)
+    again = ask(registry)
+    assert (first.stored, again.stored) == (False, True)
+    assert again.record == first.record
+    replay = play(
+        Question("arena_cheats:honest", ("pgd",), n=32, eps="1/20"),
+        dataclasses.replace(GO, replay=True),
+        registry,
+        Silent(),
+    )
+    assert not replay.stored
+    assert replay.record["id"] != first.record["id"]
+    assert replay.record["examples"]["sha256"] == first.record["examples"]["sha256"]
+
+
+@pytest.mark.parametrize("batch", [7, 64, 500])
+def test_batch_size_changes_nothing(registry, batch):
+    expected = ask(registry, vs=("apgd_ce", "square(queries=50)"), n=100).record
+    got = play(
+        Question("arena_cheats:honest", ("apgd_ce", "square(queries=50)"), n=100, eps="0.05"),
+        Running(device="cpu", batch_size=batch, replay=True),
+        registry,
+        Silent(),
+    ).record
+    assert got["examples"]["sha256"] == expected["examples"]["sha256"]
+    assert [r["forwards"] for r in got["attacks"]] == [r["forwards"] for r in expected["attacks"]]
+
+
+def test_another_seed_is_another_question_on_the_same_points(registry):
+    one, two = ask(registry).record, ask(registry, seed=1).record
+    assert one["asked"]["indices_sha256"] == two["asked"]["indices_sha256"]
+    assert one["model"]["id"] == two["model"]["id"]
+    assert one["id"] != two["id"]
+
+
+def test_eps_0_leaves_natural_accuracy_exactly(registry):
+    record = ask(registry, vs=("autoattack", "adaptive", "fgsm"), eps="0").record
+    assert record["worst_case"]["robust_accuracy"] == record["natural"]["accuracy"]
+    assert {r["status"] for r in record["attacks"]} == {"ok"}
+    assert record["audit"]["verdict"] == "not_audited"
+
+
+def test_one_point_works(registry):
+    record = ask(registry, vs=("autoattack",), n=1).record
+    assert record["asked"]["n"] == 1
+    assert record["worst_case"]["robust_accuracy"] in (0.0, 100.0)
+
+
+def test_a_norm_an_attack_does_not_know_is_unsupported_and_named(registry):
+    record = ask(registry, vs=("crashes", "pgd"), norm="L2", eps="0.5").record
+    assert record["attacks"][1]["status"] == "ok"
+    record = ask(registry, vs=("lambda_pgd", "pgd")).record
+    row = record["attacks"][0]
+    assert row["status"] == "unsupported"
+    assert "head" in row["error"]
+    assert record["audit"]["verdict"] == "suspect"
+
+
+def test_matrix_fills_what_only_each_attack_broke(registry):
+    question = Question("arena_cheats:honest", ("fgsm", "autoattack"), n=48, eps="0.05")
+    record = play(question, dataclasses.replace(GO, matrix=True), registry, Silent()).record
+    assert all(isinstance(r["unique_broken"], int) for r in record["attacks"])
+    assert all(r["robust_accuracy"] is not None for r in record["attacks"])
+    plain = play(question, GO, registry, Silent()).record
+    assert all(r["unique_broken"] is None for r in plain["attacks"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vs": ("autoatack",)}, "unknown attack 'autoatack'; did you mean 'autoattack'"),
+        ({"vs": ("pgd(restart=3)",)}, "unknown option 'restart'; did you mean 'restarts'"),
+        ({"vs": ("pgd(steps=a)",)}, "option 'steps': expected a number, got 'a'"),
+        ({"vs": ("pgd", "pgd")}, "'pgd' is given twice"),
+        ({"vs": ("autoattack(steps=3)",)}, "roster 'autoattack' takes no options"),
+        ({"dataset": "digit"}, "unknown dataset 'digit'; did you mean 'digits'"),
+        ({"eps": "8//255"}, "eps '8//255': expected a number or a fraction"),
+        ({"eps": "8"}, "larger than the box"),
+        ({"norm": "L2", "eps": "9"}, "larger than the box"),
+        ({"norm": "Linfinity"}, "unknown norm 'Linfinity'; did you mean 'Linf'"),
+        ({"n": 0}, "-n 0: data set 'digits' has 1 to 600 test points"),
+        ({"n": 601}, "1 to 600"),
+    ],
+)
+def test_bad_questions_get_one_line(registry, changes, message):
+    with pytest.raises(ArenaError) as caught:
+        ask(registry, **changes)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 9), (1, 4, 12)])
+@pytest.mark.parametrize("classes", [2, 3, 4, 10])
+def test_shapes_and_class_counts(registry, tmp_path, monkeypatch, shape, classes):
+    generator = torch.Generator().manual_seed(classes)
+    n, d = 24, int(np.prod(shape))
+    x = torch.rand(n, *shape, generator=generator).numpy()
+    weight = torch.randn(classes, d, generator=generator).numpy()
+    y = (x.reshape(n, -1) @ weight.T).argmax(1)
+    y[:classes] = np.arange(classes)
+    np.savez(tmp_path / "data.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    np.save(tmp_path / "weight.npy", weight)
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np, torch\n"
+        f"weight = torch.from_numpy(np.load({str(tmp_path / 'weight.npy')!r}))\n"
+        "class Mine(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return x.flatten(1) @ weight.T\n"
+        "def factory():\n"
+        "    return Mine()\n"
+    )
+    question = Question(
+        f"{tmp_path / 'mine.py'}:factory",
+        ("autoattack", "adaptive"),
+        dataset=f"npz:{tmp_path / 'data.npz'}",
+        norm="Linf",
+        eps="0.02",
+        n=n,
+    )
+    record = play(question, GO, registry, Silent()).record
+    assert {r["status"] for r in record["attacks"]} == {"ok"}
+    assert record["audit"]["verdict"] == "not_audited"
+    assert record["worst_case"]["robust_accuracy"] <= record["natural"]["accuracy"]
+    assert record["asked"]["subset_rule"] == "file-order"
