@@ -89,13 +89,14 @@ def attack_row(played: Played, correct: Tensor, unique: int | None = None) -> di
 
 
 def roster_row(group: Group, rows: Sequence[Played], correct: Tensor) -> dict[str, Any]:
-    """Return the row of one entry of ``--vs``: its own per-example worst case and cost."""
+    """Return the row of one entry of ``--vs``: its own per-example worst case and cost; no number if nothing worked."""
     standing = correct.clone()
     for played in rows:
         standing &= ~played.broken
     met_all = all(bool((p.attempted | p.broken | ~p.met).all()) for p in rows)
     complete = len(rows) == len(group.attacks) and met_all and all(p.status == "ok" for p in rows)
-    robust, interval = share(standing)
+    worked = any(p.status in ("ok", "partial") or bool(p.broken.any()) for p in rows)
+    robust, interval = share(standing) if worked else (None, None)
     return {
         "name": group.name,
         "robust_accuracy": robust,
