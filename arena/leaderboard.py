@@ -1,7 +1,7 @@
 """The standings: which defense holds best, from the results in the store, with no more order than the points support.
 
 Results are comparable at equal data (hash of pixels and labels, and of the points chosen), threat model and n: each
-such key is a table of its own. Of each model the newest rankable result counts, else the newest. Ranked are results with
+such key is a table of its own. Of each model the newest rankable result counts, else the newest. Ranked are those with
 complete rosters ``autoattack`` and ``adaptive`` whose verdict is not ``void``; the others are listed with the reason.
 Reads the store only: imports no torch.
 """
@@ -33,9 +33,9 @@ class Row:
     backbone: str
     train_seed: int
     natural: float
-    worst_case: float
-    """Per-example worst case over all attacks of the result."""
-    ci95: tuple[float, float]
+    worst_case: float | None
+    """Per-example worst case over all attacks of the result; None: nothing was played."""
+    ci95: tuple[float, float] | None
     autoattack: float | None
     """None: the roster was not played."""
     adaptive: float | None
@@ -107,7 +107,7 @@ def _table(store: Store, records: list[dict[str, Any]], defense: str | None, wan
         held = chosen.get(record["model"]["id"])
         if held is None or _weight(record, wanted) >= _weight(held, wanted):
             chosen[record["model"]["id"]] = record
-    ordered = sorted(chosen.values(), key=lambda r: (-r["worst_case"]["robust_accuracy"], r["defense"], r["id"]))
+    ordered = sorted(chosen.values(), key=lambda r: (-(r["worst_case"]["robust_accuracy"] or 0), r["defense"], r["id"]))
     ranked = [r for r in ordered if not why_unranked(r)]
     ranges = rank_ranges([_survived(store, r["id"]) for r in ranked])
     rows = [_row(r, span) for r, span in zip(ranked, ranges, strict=True)]
@@ -157,7 +157,6 @@ def verdict(record: Mapping[str, Any]) -> str:
 def _row(record: Mapping[str, Any], rank: tuple[int, int] | None) -> Row:
     asked, worst = record["asked"], record["worst_case"]
     rosters = {r["name"]: r["robust_accuracy"] for r in record["rosters"]}
-    low, high = worst["ci95"]
     return Row(
         rank=rank,
         defense=record["defense"],
@@ -165,7 +164,7 @@ def _row(record: Mapping[str, Any], rank: tuple[int, int] | None) -> Row:
         train_seed=int(asked.get("train_seed") or 0),
         natural=record["natural"]["accuracy"],
         worst_case=worst["robust_accuracy"],
-        ci95=(low, high),
+        ci95=None if worst["ci95"] is None else (worst["ci95"][0], worst["ci95"][1]),
         autoattack=rosters.get("autoattack"),
         adaptive=rosters.get("adaptive"),
         verdict=verdict(record),
@@ -187,6 +186,13 @@ def span(rank: tuple[int, int] | None) -> str:
     if rank is None:
         return "-"
     return str(rank[0]) if rank[0] == rank[1] else f"{rank[0]}-{rank[1]}"
+
+
+def worst(row: Row) -> str:
+    """Write the worst case with its interval."""
+    if row.ci95 is None:
+        return percent(row.worst_case)
+    return f"{percent(row.worst_case)} ({percent(row.ci95[0])}-{percent(row.ci95[1])})"
 
 
 def label(row: Row) -> str:
@@ -229,7 +235,8 @@ def as_csv(tables: Iterable[Standings]) -> str:
     writer.writeheader()
     for t in tables:
         for r in (*t.rows, *t.unranked):
-            best, worst = r.rank or ("", "")
+            best, last = r.rank or (None, None)
+            low, high = r.ci95 or (None, None)
             row = {
                 **asdict(r),
                 "dataset": t.dataset,
@@ -237,9 +244,9 @@ def as_csv(tables: Iterable[Standings]) -> str:
                 "eps": t.eps,
                 "n": t.n,
                 "rank_best": best,
-                "rank_worst": worst,
-                "ci95_low": r.ci95[0],
-                "ci95_high": r.ci95[1],
+                "rank_worst": last,
+                "ci95_low": low,
+                "ci95_high": high,
             }
             writer.writerow({k: "" if row[k] is None else row[k] for k in CSV_COLUMNS})
     return out.getvalue()
@@ -255,12 +262,11 @@ def as_markdown(tables: Iterable[Standings]) -> str:
     for t in tables:
         lines = [f"### {title(t)}", "", head, rule] if t.rows else [f"### {title(t)}", ""]
         for r in t.rows:
-            worst = f"{percent(r.worst_case)} ({percent(r.ci95[0])} to {percent(r.ci95[1])})"
-            cells = [span(r.rank), label(r), r.backbone, percent(r.natural), worst, percent(r.autoattack)]
+            cells = [span(r.rank), label(r), r.backbone, percent(r.natural), worst(r), percent(r.autoattack)]
             cells += [percent(r.adaptive), r.verdict, str(r.passes), r.date]
             lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
         if t.unranked:
             lines += [*([""] if t.rows else []), "Not ranked:", ""]
-            lines += [f"- {label(r)}, worst case {percent(r.worst_case)} %: {r.reason}" for r in t.unranked]
+            lines += [f"- {label(r)}, worst case {worst(r)}: {r.reason}" for r in t.unranked]
         blocks.append("\n".join(lines) + "\n")
     return "\n".join(blocks)

@@ -138,20 +138,13 @@ class Store:
         """Close all connections."""
         self._engine.dispose()
 
-    def put(
-        self, question: str, record: Mapping[str, Any], outcomes: Outcomes | Iterable[tuple[int, bool, bool]]
-    ) -> str:
+    def put(self, question: str, record: Mapping[str, Any], outcomes: Outcomes) -> str:
         """Add a result in one transaction and return its id; adding the same id again changes nothing.
-
-        ``outcomes`` may come as (index, naturally correct, broken) of each point.
 
         Raises:
             ArenaError: the id is taken by the answer to another question, or the store cannot be written.
         """
         asked, threat = record["asked"], record["asked"]["threat"]
-        if not isinstance(outcomes, Outcomes):
-            points = list(outcomes)
-            outcomes = Outcomes.of(*([p[i] for p in points] for i in range(3)))
         row = {
             "id": record["id"],
             "question": question,

@@ -169,8 +169,18 @@ def test_formats_tell_the_same(board):
     assert [(r["defense"], r["rank_best"], r["adaptive"]) for r in rows] == [("sat", "1", "67.5"), ("fgaa_sat", "", "")]
     assert rows[1]["reason"] == "adaptive not played"
     text = as_markdown(tables)
-    assert "| 1 | sat (train seed 3) | cnn | 97.5 | 62.5 (58.5 to 66.5) | 67.5 | 67.5 | not_audited | 3000 |" in text
-    assert "- fgaa_sat, worst case 75.0 %: adaptive not played" in text
+    assert "| 1 | sat (train seed 3) | cnn | 97.5 | 62.5 (58.5-66.5) | 67.5 | 67.5 | not_audited | 3000 |" in text
+    assert "- fgaa_sat, worst case 75.0 (71.0-79.0): adaptive not played" in text
+
+
+def test_a_match_that_was_never_played_has_no_number(board):
+    nothing = {"robust_accuracy": None, "ci95": None, "broken_by": {}}
+    board.add("a", "sat", 250)
+    board.add("b", "liar", 250, worst_case=nothing, verdict="void", attacks=[])
+    (table,) = standings(board)
+    assert [(r.defense, r.worst_case, r.reason) for r in table.unranked] == [("liar", None, "verdict void")]
+    assert "- liar, worst case -: verdict void" in as_markdown([table])
+    assert "liar,cnn,0,97.5,,,," in as_csv([table])
 
 
 def test_no_torch_is_imported(board):

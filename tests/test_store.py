@@ -70,9 +70,7 @@ def test_what_is_put_comes_back():
     with open_store() as store:
         assert store.answer("q") is None
         store.put("q", record(), FOUR)
-        store.put("p", record("9" * 12), [(7, True, False), (3, True, True), (9, False, True), (1, True, False)])
     with open_store() as store:
-        assert store.outcomes("9" * 12) == FOUR
         assert store.answer("q") == record()
         assert store.get("0123456789ab") == record()
         assert store.get("0123") == record()

@@ -1,0 +1,120 @@
+"""``arena list``: what there is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from arena.errors import unknown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from arena.plugins import Registered, Registry
+
+#: Kind as asked for and as the registry calls it.
+KINDS = {
+    "defenses": "defense",
+    "attacks": "attack",
+    "rosters": "roster",
+    "datasets": "dataset",
+    "backbones": "backbone",
+}
+
+
+@click.command("list")
+@click.argument("kind", required=False, metavar="[" + "|".join(KINDS) + "]")
+@click.option("--json", "as_json", is_flag=True, help="Print everything that is declared, as JSON.")
+def command(kind: str | None, as_json: bool) -> int:
+    """List defenses, attacks, rosters, data sets, backbones.
+
+    \b
+    Examples:
+      arena list
+      arena list attacks
+      arena list defenses --json
+    """
+    from arena.cli.console import out
+    from arena.plugins import registry
+
+    if kind is not None and kind not in KINDS:
+        raise unknown("kind", kind, KINDS)
+    found = registry()
+    kinds = [kind] if kind else list(KINDS)
+    if as_json:
+        data = {k: [describe(r) for r in found.all(KINDS[k])] for k in kinds}
+        click.echo(json.dumps(data[kind] if kind else data, indent=2, ensure_ascii=False))
+        return 0
+    console = out()
+    if not kind:
+        console.print(", ".join(_count(len(found.all(KINDS[k])), k) for k in kinds))
+    for k in kinds:
+        if not kind:
+            console.print()
+        _draw(console, k, found)
+    if found.problems:
+        click.echo(f"arena: {len(found.problems)} plugin problems: see 'arena plugins doctor'", err=True)
+    return 0
+
+
+def _count(number: int, kinds: str) -> str:
+    return f"1 {KINDS[kinds]}" if number == 1 else f"{number} {kinds}"
+
+
+def describe(registered: Registered[Any]) -> dict[str, Any]:
+    """Return a spec as plain data, with name and origin as the registry gives them."""
+    spec = registered.spec
+    data: dict[str, Any] = {"name": registered.name, "origin": registered.origin}
+    for field in fields(spec):
+        data.setdefault(field.name, _jsonable(getattr(spec, field.name)))
+    return data
+
+
+def _jsonable(value: Any) -> Any:
+    from fractions import Fraction
+
+    if isinstance(value, Fraction):
+        return str(value)
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return None
+    if hasattr(value, "__dataclass_fields__"):
+        return {f.name: _jsonable(getattr(value, f.name)) for f in fields(value)}
+    if hasattr(value, "items"):
+        return {str(k): _jsonable(v) for k, v in value.items()}
+    return [_jsonable(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _draw(console: Console, kind: str, found: Registry) -> None:
+    from arena.cli.console import cell, table
+
+    entries = found.all(KINDS[kind])
+    if not entries:
+        console.print(f"{kind}: none")
+        return
+    made = table(kind, "about", "options")
+    for r in entries:
+        about = r.spec.summary + _extra(kind, r.spec)
+        made.add_row(cell(r.name), cell(about), cell(_options(r.spec)))
+    if not any(_options(r.spec) for r in entries):
+        made.columns.pop()
+    console.print(made)
+
+
+def _extra(kind: str, spec: Any) -> str:
+    if kind == "attacks":
+        return f" [{', '.join(spec.norms)}; {spec.knowledge}]"
+    if kind == "datasets":
+        return f" [{spec.norm} eps {spec.eps}, {spec.backbone}]"
+    if kind == "defenses" and spec.twin:
+        return f" [beside {spec.twin}]"
+    return ""
+
+
+def _options(spec: Any) -> str:
+    from arena.specs import text
+
+    declared = {**getattr(spec, "options", {}), **getattr(spec, "eval_options", {})}
+    return " ".join(f"{name}={text(option.default) or '(none)'}" for name, option in declared.items())

@@ -1,0 +1,169 @@
+"""``arena match``: the main job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from arena.cli import options
+from arena.errors import ArenaError
+
+if TYPE_CHECKING:
+    from arena.plugins import Registry
+    from arena.question import Question, Running
+
+VS = "autoattack,adaptive"
+
+
+@click.command("match")
+@click.argument("defense", metavar="DEFENSE|CARD.toml")
+@click.option("--vs", metavar="ENTRY[,ENTRY...]", help=f"Attacks and rosters.  [default: {VS}]")
+@options.question
+@click.option("-n", type=int, metavar="N", help="Points; a smaller n is inside a larger one.  [default: 500]")
+@click.option("--seed", type=int, metavar="SEED", help="Seed of the attacks' random numbers.  [default: 0]")
+@options.train_seed
+@options.device
+@click.option("--batch-size", default="auto", metavar="N", help="Rows a pass; changes no outcome.  [default: auto]")
+@click.option(
+    "--precision", type=click.Choice(("fp32", "bf16")), default="fp32", help="Of the search.  [default: fp32]"
+)
+@options.checkpoint
+@options.surface
+@click.option(
+    "--json", "json_to", metavar="FILE|-", help="Write the record as JSON; - is stdout, instead of the screen."
+)
+@click.option("--fail-under", type=click.FloatRange(0, 100), metavar="PCT", help="Exit 1 if the worst case is lower.")
+@click.option(
+    "--fail-on",
+    type=click.Choice(("point", "lower-ci")),
+    default="point",
+    help="What --fail-under looks at: the worst case or the lower end of its interval.  [default: point]",
+)
+@click.option("--replay", is_flag=True, help="Attack again although the result is stored.")
+@options.retrain
+@click.option(
+    "--matrix", is_flag=True, help="Let all attacks meet all points: shows what only one breaks, costs passes."
+)
+@click.option("--all", "everything", is_flag=True, help="Give each row of a sweep its own line.")
+@options.quiet
+def command(
+    defense: str,
+    json_to: str | None,
+    fail_under: float | None,
+    fail_on: str,
+    everything: bool,
+    quiet: bool,
+    **given: Any,
+) -> int:
+    """Play a defense against attacks and judge every claim.
+
+    DEFENSE is a listed name, with options in brackets, or a callable that returns your own model:
+    path/to/file.py:factory or package.module:factory. ENTRY is an attack or a roster; brackets need quotes in a shell.
+    A CARD is a TOML file with a whole grid of matches; options given here win over it.
+
+    The same command again continues an unfinished match and prints a finished one from the store.
+
+    \b
+    Examples:
+      arena match fgaa_sat
+      arena match sat --vs 'pgd(steps=100,restarts=5),autoattack' -n 100
+      arena match 'fgaa_sat(lam=1)' --eps 0.1 --json result.json
+      arena match my.py:factory --checkpoint w.safetensors --dataset npz:my.npz
+      arena match matches/digits.toml
+    """
+    if given["precision"] != "fp32":
+        raise ArenaError("--precision bf16: not yet; the search runs in fp32")
+    given["batch_size"] = _batch_size(given["batch_size"])
+    if defense.endswith(".toml"):
+        from arena.cli.card import play_card
+
+        return play_card(Path(defense), given, json_to, fail_under, fail_on, quiet)
+    return _single(defense, given, json_to, fail_under, fail_on, everything, quiet)
+
+
+def _single(
+    defense: str,
+    given: dict[str, Any],
+    json_to: str | None,
+    fail_under: float | None,
+    fail_on: str,
+    everything: bool,
+    quiet: bool,
+) -> int:
+    from arena.cli.console import out
+    from arena.cli.result import draw
+    from arena.entries import split
+    from arena.plugins import registry
+    from arena.question import Question
+    from arena.store import open_store
+
+    vs = given.pop("vs")
+    running = how(given)
+    question = Question(defense, tuple(split(VS if vs is None else vs)), **options.chosen(**given))
+    with open_store() as store:  # a store that cannot be opened is found before an hour of attacks
+        record, stored = answer(question, running, registry(), quiet)
+        if json_to:
+            write(json_to, record)
+        if json_to != "-":
+            if stored:
+                made = str(record.get("provenance", {}).get("started") or "")[:16].replace("T", " ")
+                click.echo(f"stored result of {made}; --replay attacks again, --retrain trains again")
+            draw(out(), record, store, everything=everything)
+    return judge(record, fail_under, fail_on)
+
+
+def answer(question: Question, running: Running, registry: Registry, quiet: bool) -> tuple[dict[str, Any], bool]:
+    """Play one question, drawing progress; return the record and whether it was stored already."""
+    from arena.cli.progress import watching
+    from arena.match import play
+
+    with watching(quiet) as watch:
+        answered = play(question, running, registry, watch)
+    return answered.record, answered.stored
+
+
+def how(given: dict[str, Any]) -> Running:
+    """Take what says how to run out of the options."""
+    from arena.question import Running
+
+    names = ("device", "batch_size", "precision", "replay", "retrain", "matrix")
+    return Running(**{k: given.pop(k) for k in names})
+
+
+def write(where: str, record: Any) -> None:
+    """Write JSON to a file, whole or not at all, or to stdout for ``-``."""
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    if where == "-":
+        click.echo(text)
+        return
+    from arena.home import atomic_write
+
+    atomic_write(Path(where).expanduser(), (text + "\n").encode())
+
+
+def judge(record: dict[str, Any], fail_under: float | None, fail_on: str) -> int:
+    """Return 1, and say why on stderr, if a threshold failed or the verdict is void."""
+    name, worst = record["defense"], record["worst_case"]
+    if (record.get("audit") or {}).get("verdict") == "void":
+        click.echo(f"arena: {name}: the verdict is void", err=True)
+        return 1
+    if fail_under is None:
+        return 0
+    value = worst["robust_accuracy"] if fail_on == "point" else (worst["ci95"] or [None])[0]
+    what = "worst case" if fail_on == "point" else "lower end of the worst case"
+    if value is None or value < fail_under:
+        shown = "missing" if value is None else f"{value:.2f} %"
+        click.echo(f"arena: {name}: {what} {shown} is under --fail-under {fail_under:g}", err=True)
+        return 1
+    return 0
+
+
+def _batch_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise ArenaError(f"--batch-size '{text}': expected auto or a whole number of at least 1")
+    return int(text)

@@ -1,0 +1,74 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from arena.errors import ArenaError
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+FILE = click.Path(path_type=Path)
+
+
+def question(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what names a data set, a backbone and a threat model."""
+    for option in reversed(
+        (
+            click.option("--dataset", metavar="NAME", help="Data set: a listed name or npz:FILE.  [default: digits]"),
+            click.option("--backbone", metavar="NAME", help="Network; its options in brackets: 'resnet18(width=32)'."),
+            click.option("--norm", metavar="NORM", help="Linf, L2, L1 or L0.  [default: the data set's]"),
+            click.option("--eps", metavar="EPS", help="Radius in pixels of 1: 8/255, 0.2.  [default: the data set's]"),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+train_seed = click.option(
+    "--train-seed", type=int, metavar="SEED", help="Seed of the training; part of the model's identity.  [default: 0]"
+)
+retrain = click.option("--retrain", is_flag=True, help="Train again although weights are kept.")
+quiet = click.option("--quiet", "-q", is_flag=True, help="No progress.")
+checkpoint = click.option(
+    "--checkpoint", type=FILE, metavar="FILE", help="Weights (safetensors, or a state dict) instead of training."
+)
+surface = click.option("--surface", type=FILE, metavar="FILE", help="What an attacker may use, as TOML.")
+
+
+def _device(_: click.Context, __: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        raise ArenaError(f"--device '{value}': expected auto, cpu, cuda, cuda:N or mps")
+    return value
+
+
+device = click.option(
+    "--device", default="auto", metavar="DEVICE", callback=_device, help="auto, cpu, cuda, cuda:N.  [default: auto]"
+)
+
+
+def resolve(name: str) -> str:
+    """Turn ``auto`` into a device that is there; refuse one that is not.
+
+    Raises:
+        ArenaError: no such device on this machine.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
+    if int(number or 0) >= there:
+        raise ArenaError(f"--device '{name}': this machine has {there} of kind {kind}; use auto or cpu")
+    return name
+
+
+def chosen(**values: Any) -> dict[str, Any]:
+    """Keep what the user gave on the command line."""
+    return {k: v for k, v in values.items() if v is not None}

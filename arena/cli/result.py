@@ -1,0 +1,227 @@
+"""The screen of one result, drawn the same after a match, by ``show`` and from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arena.cli.console import cell, clock, count, interval, percent, plain, table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from arena.store import Store
+
+VERDICTS = {
+    "not_audited": "not audited: no attack failed, no audit of the attacks was made",
+    "clear": "clear: no flag is raised; that is no proof",
+    "suspect": "suspect: the number may be too high",
+    "void": "void: the number means nothing",
+}
+_STYLES = {"clear": "green", "suspect": "yellow", "void": "red"}
+Record = Mapping[str, Any]
+
+
+def draw(console: Console, record: Record, store: Store | None = None, *, everything: bool = False) -> None:
+    """Print a result.
+
+    ``store`` is searched for the twin's result; ``everything`` gives each row of a sweep its own line.
+    """
+    _headline(console, record, store)
+    if record.get("attacks"):
+        console.print()
+        _attacks(console, record, everything)
+    if record.get("rosters"):
+        console.print()
+        _rosters(console, record)
+    _remarks(console, record)
+    _handles(console, record)
+
+
+def beside(record: Record, store: Store | None) -> list[str]:
+    """Return what belongs beside the worst case: the main logits alone, the same recipe without the module."""
+    found = []
+    alone = [a["robust_accuracy"] for a in record.get("attacks", ()) if _lam(a) == 0]
+    known = [v for v in alone if v is not None]
+    if known:
+        found.append(f"λ = 0 (main logits only) {percent(min(known))} %")
+    if found:
+        found.append(f"worst case {percent(record['worst_case']['robust_accuracy'])} %")
+    other = twin(record, store)
+    if other is not None:
+        found.append(f"{plain(other['defense'])} (no module) {percent(other['worst_case']['robust_accuracy'])} %")
+    elif record["model"].get("twin") and store is not None:
+        found.append(f"{plain(record['model']['twin'])} (no module) not played here")
+    return found
+
+
+def twin(record: Record, store: Store | None) -> dict[str, Any] | None:
+    """Find the newest comparable result of the twin: same data, points, threat model, backbone and training seed."""
+    name = record["model"].get("twin")
+    if not name or store is None:
+        return None
+    asked, threat = record["asked"], record["asked"]["threat"]
+    candidates = store.all(defense=name, dataset=asked["dataset"], norm=threat["norm"], eps=threat["eps"], n=asked["n"])
+    same = ("data_sha256", "indices_sha256", "backbone", "train_seed")
+    fits = [
+        r
+        for r in candidates
+        if all(r["asked"].get(k) == asked.get(k) for k in same) and r["worst_case"]["robust_accuracy"] is not None
+    ]
+    return fits[-1] if fits else None
+
+
+def _headline(console: Console, record: Record, store: Store | None) -> None:
+    asked, worst = record["asked"], record["worst_case"]
+    threat = asked["threat"]
+    words = [record["defense"], asked["dataset"], asked.get("backbone") or "", f"{threat['norm']} eps {threat['eps']}"]
+    words += [f"n {asked['n']}", f"seed {asked.get('seed', 0)}"]
+    if asked.get("train_seed"):
+        words.append(f"train seed {asked['train_seed']}")
+    console.print(cell(" · ".join(plain(w) for w in words if w), style="bold"))
+    if worst["robust_accuracy"] is None:
+        console.print(cell(f"worst case: none, nothing was played   natural {_natural(record)}", style="bold"))
+    else:
+        text = f"worst case {percent(worst['robust_accuracy'])} % (95 %: {interval(worst['ci95'])})"
+        console.print(cell(f"{text}   natural {_natural(record)}", style="bold"))
+    verdict = str((record.get("audit") or {}).get("verdict") or "not_audited")
+    console.print(cell(f"verdict {VERDICTS.get(verdict, verdict)}", style=_STYLES.get(verdict, "")))
+    lines = beside(record, store)
+    if lines:
+        console.print(cell("beside  " + " | ".join(lines)))
+
+
+def _natural(record: Record) -> str:
+    return f"{percent(record['natural']['accuracy'])} %"
+
+
+def _lam(attack: Mapping[str, Any]) -> float | None:
+    """Return the weight of the heads of a row of a sweep; None for other attacks."""
+    if "lam" not in (attack.get("options") or {}):
+        return None
+    try:
+        return float(attack["options"]["lam"])
+    except (TypeError, ValueError):
+        return None
+
+
+def _attacks(console: Console, record: Record, everything: bool) -> None:
+    rows = list(record["attacks"])
+    unique = any(a.get("unique_broken") is not None for a in rows)
+    rules = any(a.get("violations") for a in rows)
+    columns = ["attack", "=status", ">tried", ">broken", ">alone", ">left"]
+    columns += [">only"] if unique else []
+    columns += [">forw.", ">backw.", ">time"]
+    columns += ["violations"] if rules else []
+    made = table(*columns)
+    folded = {} if everything else {m: s for s in record.get("sweeps") or () for m in s["members"]}
+    drawn: set[str] = set()
+    for attack in rows:
+        sweep = folded.get(attack["name"])
+        if sweep is None or attack["status"] != "ok" or _lam(attack) == 0:
+            made.add_row(*_cells(attack, unique, rules))
+        if sweep is not None and sweep["name"] not in drawn:
+            drawn.add(sweep["name"])
+            members = [a for a in rows if a["name"] in sweep["members"]]
+            made.add_row(*_cells(_minimum(sweep, members), unique, rules))
+    console.print(made)
+    console.print(
+        cell("alone: % of the n points that stand against it alone; left: % still standing in its roster", "dim")
+    )
+    hidden = sum(len(s["members"]) for s in record.get("sweeps") or ()) if folded else 0
+    if hidden:
+        console.print(
+            cell(f"{hidden} rows of sweeps are folded into their per-example minimum: --all shows them", "dim")
+        )
+
+
+def _minimum(sweep: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    bad = [a["status"] for a in members if a["status"] != "ok"]
+    total: dict[str, int] = {}
+    for a in members:
+        for kind, number in (a.get("violations") or {}).items():
+            total[kind] = total.get(kind, 0) + number
+    return {
+        "name": f"{sweep['name']}: minimum of {len(members)}",
+        "status": bad[0] if bad else "ok",
+        "attempted": max((a["attempted"] for a in members), default=0),
+        "broken": None,
+        "robust_accuracy": sweep["robust_accuracy"],
+        **{k: sum(a.get(k) or 0 for a in members) for k in ("forwards", "backwards", "seconds")},
+        "violations": total,
+    }
+
+
+def _cells(attack: Mapping[str, Any], unique: bool, rules: bool) -> list[Any]:
+    broken, only = attack["broken"], attack.get("unique_broken")
+    cells = [
+        cell(attack["name"]),
+        cell(attack["status"], style="" if attack["status"] == "ok" else "yellow"),
+        str(attack["attempted"]),
+        "" if broken is None else str(broken),
+        percent(attack.get("robust_accuracy")),
+        percent(attack.get("cumulative_accuracy")),
+    ]
+    if unique:
+        cells.append("-" if only is None else str(only))
+    cells += [count(attack.get("forwards")), count(attack.get("backwards")), clock(attack.get("seconds") or 0.0)]
+    if rules:
+        cells.append(cell(", ".join(f"{n} {kind}" for kind, n in (attack.get("violations") or {}).items())))
+    return cells
+
+
+def _rosters(console: Console, record: Record) -> None:
+    made = table("entry", ">worst", "=95 %", ">attacks", "=complete", ">forwards", ">backwards", ">time")
+    for row in record["rosters"]:
+        made.add_row(
+            cell(row["name"]),
+            percent(row["robust_accuracy"]),
+            interval(row.get("ci95")),
+            str(len(row["members"])),
+            "yes" if row.get("complete") else "no",
+            count(row.get("forwards")),
+            count(row.get("backwards")),
+            clock(row.get("seconds") or 0.0),
+        )
+    console.print(made)
+
+
+def _remarks(console: Console, record: Record) -> None:
+    flags = [i for i in (record.get("audit") or {}).get("indicators", ()) if i.get("flag")]
+    lines = []
+    for i in flags:
+        remedy = f" ({i['remedy']})" if i.get("remedy") else ""
+        lines.append(f"! {i['name']}: {i.get('evidence') or 'flagged'}{remedy}")
+    diagnosis = record.get("diagnosis") or {}
+    for name, head in (diagnosis.get("heads") or {}).items():
+        text = f"head {name}: accuracy {percent(head['accuracy'])} %, agrees with the output on "
+        text += f"{percent(head['agreement_clean'])} % of clean"
+        if head.get("agreement_broken") is not None:
+            text += f" and {percent(head['agreement_broken'])} % of broken"
+        lines.append(text + " points")
+    for name, choice in (diagnosis.get("selections") or {}).items():
+        lines.append(
+            f"selection {name}: forced to a class, the output is that class on {percent(choice['forced_output'])} % of "
+            f"points; accuracy then {percent(choice['forced_accuracy'])} %"
+        )
+    lines += [f"note: {n}" for n in record.get("notes") or ()]
+    if lines:
+        console.print()
+    for line in lines:
+        console.print(cell(line))
+
+
+def _handles(console: Console, record: Record) -> None:
+    from arena.home import home
+
+    seconds = (record.get("provenance") or {}).get("seconds")
+    console.print()
+    console.print(cell(f"result    {record['id']}" + (f"   ({clock(seconds)})" if seconds else "")))
+    file = (record.get("examples") or {}).get("file")
+    if file:
+        path = Path(file) if Path(file).is_absolute() else home() / file
+        console.print(f"examples  {plain(path)}", soft_wrap=True)
+    own = ":" in record["defense"].partition("(")[0]
+    against = " --against FILE.py:FACTORY --checkpoint FILE" if own else ""
+    console.print(f"re-score  arena verify {record['id']}{against}", soft_wrap=True)

@@ -1,0 +1,64 @@
+"""``arena show``: a stored result again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from arena.errors import ArenaError
+
+
+@click.command("show")
+@click.argument("result")
+@click.option("--all", "everything", is_flag=True, help="Give each row of a sweep its own line.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole record.")
+def command(result: str, everything: bool, as_json: bool) -> int:
+    """Show a stored result again.
+
+    RESULT is a result's id, the beginning of one, or a JSON file written by 'match --json'.
+
+    \b
+    Examples:
+      arena show 3f9a
+      arena show 3f9a --json | jq .worst_case
+    """
+    from arena.cli.console import out
+    from arena.cli.result import draw
+    from arena.store import open_store
+
+    with open_store() as store:
+        record = read(Path(result)) if result.endswith(".json") else store.get(result)
+        if as_json:
+            click.echo(json.dumps(record, indent=2, ensure_ascii=False))
+        else:
+            try:
+                draw(out(), record, store, everything=everything)
+            except (KeyError, TypeError, AttributeError) as error:
+                if not result.endswith(".json"):
+                    raise
+                raise ArenaError(f"{result}: not a result of arena ({type(error).__name__}: {error})") from None
+    return 0
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a JSON result.
+
+    Raises:
+        ArenaError: no such file, or no result.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArenaError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ArenaError(f"{path}: not a JSON result ({error})") from None
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("model"), dict)
+        or not {"id", "defense", "asked", "model", "natural", "worst_case"} <= set(record)
+    ):
+        raise ArenaError(f"{path}: not a result of arena")
+    return record
