@@ -117,8 +117,39 @@ _APGD = (
     ),
 )
 
+_FAB = AttackSpec(
+    "fab_t",
+    "targeted FAB: the nearest misclassified point, by projections onto the linearised boundary",
+    _BOTH,
+    iterate="arena_attacks.fab:fab_t",
+    paper="Croce & Hein 2020, arXiv 1907.02044",
+    kind="minimal",
+    options={
+        "targets": _TARGETS,
+        "steps": _steps(100),
+        "restarts": _restarts(),
+        "alpha_max": Option(0.1, "largest pull towards the clean image, 0 to 1", low=0, high=1),
+        "eta": Option(1.05, "overshoot across the boundary, 1 to 2", low=1, high=2),
+        "beta": Option(0.9, "step back towards the clean image from a misclassified point, 0 to 1", low=0, high=1),
+    },
+)
+
+_SQUARE = AttackSpec(
+    "square",
+    "square attack: random search with square patches on the margin",
+    _BOTH,
+    iterate="arena_attacks.square:square",
+    paper="Andriushchenko et al. 2020, arXiv 1912.00049",
+    knowledge="score-based",
+    options={
+        "queries": Option(5000, "proposals a restart, one forward each, at least 1", low=1),
+        "p_init": Option(0.8, "share of pixels changed by the first proposals, above 0 to 1", low=1e-6, high=1),
+        "restarts": _restarts(),
+    },
+)
+
 
 @hookimpl
 def arena_register_attacks() -> list[AttackSpec | RosterSpec]:
     """Return the built-in attacks and rosters."""
-    return [*_PGD, *_APGD]
+    return [*_PGD, *_APGD, _FAB, _SQUARE]

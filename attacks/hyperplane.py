@@ -1,0 +1,50 @@
+"""The nearest point of a hyperplane inside the box, for Linf and L2.
+
+Croce & Hein 2020 (arXiv 1907.02044), section 3.1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def displacement(norm: str, x: Tensor, normal: Tensor, offset: Tensor) -> Tensor:
+    """Return the smallest d with <normal, x + d> = <normal, x> + offset and x + d in [0, 1].
+
+    Moving along d, every pixel goes towards the hyperplane as far as the radius t (Linf: t itself, L2: t |w_i|) or the
+    box lets it. What is gained, sum |w_i| min(reach_i(t), room_i), is increasing, concave and piecewise linear in t, so
+    sorting the values of t at which pixels meet the box gives t exactly.
+
+    Args:
+        norm: ``Linf`` or ``L2``.
+        x: points in the box, (N, D).
+        normal: w, (N, D); finite.
+        offset: c, (N,); either sign.
+
+    Returns:
+        (N, D). Where no point of the box reaches the hyperplane, the way to the box's corner nearest to it.
+    """
+    way = torch.where((offset < 0).unsqueeze(1), -normal, normal)
+    need = offset.abs().unsqueeze(1)
+    steep = way.abs()
+    room = torch.where(way > 0, 1 - x, x).clamp_min(0)
+    if norm == "Linf":
+        slope, meets = steep, room
+    else:
+        slope, meets = steep.square(), torch.where(steep > 0, room / steep.clamp_min(1e-30), torch.inf)
+    meets, order = meets.sort(dim=1)
+    # gain at the k-th meeting point: pixels that met the box gave all they have, the others their slope times t
+    full = (steep * room).gather(1, order).cumsum(1)
+    ordered = slope.gather(1, order)
+    free = (ordered.flip(1).cumsum(1).flip(1) - ordered).clamp_min(0)
+    gain = full + free * torch.where(free > 0, meets, 0.0)
+    # the first meeting point that gains enough; before it, the gain is a line
+    k = (gain < need).sum(1, keepdim=True)
+    reachable = k < x.shape[1]
+    k = k.clamp_max(x.shape[1] - 1)
+    given = torch.where(k > 0, full.gather(1, (k - 1).clamp_min(0)), 0.0)
+    rate = free.gather(1, k) + ordered.gather(1, k)
+    t = ((need - given).clamp_min(0) / rate.clamp_min(1e-30)).minimum(meets.gather(1, k))
+    reach = t if norm == "Linf" else t * steep
+    return torch.where(reachable, room.minimum(reach), room) * way.sign()
