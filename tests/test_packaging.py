@@ -84,6 +84,13 @@ def test_folders_are_not_imported_by_their_bare_names():
     assert [str(p) for p in sources if bare.search(p.read_text())] == []
 
 
+def test_only_the_command_line_draws_on_the_terminal():
+    """Of every module, where import-linter's contract lists the ones it knows."""
+    draws = re.compile(r"^\s*(from|import) (rich|click)\b", re.MULTILINE)
+    found = {p.relative_to(ROOT).parts[:2] for p in (ROOT / "arena").rglob("*.py") if draws.search(p.read_text())}
+    assert found == {("arena", "cli")}
+
+
 def test_readme_gives_exactly_two_commands_that_set_up():
     commands = re.findall(r"^bash .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert len(commands) == 2
