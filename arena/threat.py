@@ -23,6 +23,8 @@ NORMS = ("Linf", "L2", "L1", "L0")
 LINF_SLACK = 1e-6
 #: Relative slack of the referee for L2 and L1: float32 rounding of a sum over the image.
 LP_SLACK = 1e-5
+#: L2 radii below this are projected in float64: there float32 rounding of x + delta outweighs the slack.
+FINE_L2 = 0.02
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,18 @@ class Threat:
         if self.norm == "Linf":
             r = self.radius
             return x_adv.clamp(x - r, x + r).clamp(0, 1)
+        if self.norm == "L1" or (self.norm == "L2" and self.radius < FINE_L2):
+            return self._project_finely(x, x_adv)
         return (x + self.shrink(x_adv - x)).clamp(0, 1)
+
+    def _project_finely(self, x: Tensor, x_adv: Tensor) -> Tensor:
+        """Project in float64 and round each coordinate towards x, so that rounding never leaves the ball."""
+        import torch
+
+        delta = self.shrink(x_adv.double() - x.double())
+        point = (x.double() + delta).to(x.dtype)
+        beyond = (point.double() - x.double()).abs() > delta.abs()
+        return torch.where(beyond, torch.nextafter(point, x), point).clamp(0, 1)
 
     def shrink(self, delta: Tensor) -> Tensor:
         """Project a perturbation onto the ball around 0, ignoring the box; same shape as ``delta``."""

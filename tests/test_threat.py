@@ -225,3 +225,18 @@ def test_large_images_stay_inside_after_rounding(seed):
         threat = Threat.parse(norm, eps)
         assume(not threat.inside(x, points).any())
         assert threat.inside(x, threat.project(x, points)).all()
+
+
+@given(st.integers(0, 2**32), st.sampled_from(("1e-5", "1e-4", "1e-3", "0.01", "0.1")), st.sampled_from(("L2", "L1")))
+@settings(deadline=None, max_examples=40)
+def test_tiny_radii_stay_inside_after_rounding(seed, eps, norm):
+    """Float32 rounding of x + delta is larger than the referee's slack here."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(2, 3, 32, 32, generator=generator)
+    threat = Threat.parse(norm, eps)
+    dense = torch.rand(x.shape, generator=generator) - 0.5
+    dense *= 1.5 * threat.radius / (dense.norm() if norm == "L2" else dense.abs().sum()) * 2**0.5
+    for points in (x + dense, x + torch.randn(x.shape, generator=generator)):
+        projected = threat.project(x, points)
+        assert threat.inside(x, projected).all()
+        assert (projected != x).flatten(1).any(1).all()
