@@ -147,16 +147,20 @@ def _explain(error: Any) -> str:
     table = where[0] if where else ""
     if error["type"] == "extra_forbidden":
         known = list(_TABLES[table].model_fields) if len(where) > 1 else [*_TABLES]
-        hint = nearest(where[-1], known)
-        if not hint:  # the key may be right and the table wrong
-            homes = [t for t, model in _TABLES.items() if where[-1] in model.model_fields]
-            hint = f"; it belongs to [{homes[0]}]" if homes else f"; known: {', '.join(known)}"
+        hint = nearest(where[-1], known) or _elsewhere(where[-1]) or f"; known: {', '.join(known)}"
         return f"{'.'.join(where)}: unknown key{hint}"
     if len(where) == 1:
         return f"{table}: expected a table [{table}], got {_shown(error['input'])}"
     named = [w for w in where[:2] if w]
     rest = [f"[{w}]" for w in where[2:] if w.isdigit()]
     return f"{'.'.join(named)}{''.join(rest)}: {_expected(named)}, got {_shown(error['input'])}"
+
+
+def _elsewhere(key: str) -> str:
+    """Say in which table a key would be right: the key may be good and the table wrong."""
+    homes = {name: f"{table}.{name}" for table, model in _TABLES.items() for name in model.model_fields}
+    close = nearest(key, homes)
+    return next((f"; did you mean '{full}'?" for name, full in homes.items() if f"'{name}'" in close), "")
 
 
 _WHOLE = ("n", "batch_size")

@@ -79,7 +79,7 @@ def count(value: Any) -> str:
 
 def clock(seconds: float) -> str:
     """Write a duration: ``4.2 s``, ``3:07``, ``1:02:03``."""
-    if seconds < 10:
+    if seconds < 9.95:
         return f"{seconds:.1f} s"
     if seconds < 60:
         return f"{seconds:.0f} s"

@@ -42,9 +42,18 @@ surface = click.option("--surface", type=FILE, metavar="FILE", help="What an att
 
 
 def _device(_: click.Context, __: click.Parameter, value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
-        raise ArenaError(f"--device '{value}': expected auto, cpu, cuda, cuda:N or mps")
-    return value
+    return check_device(value)
+
+
+def check_device(name: str) -> str:
+    """Return the name of a device.
+
+    Raises:
+        ArenaError: it is none.
+    """
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise ArenaError(f"--device '{name}': expected auto, cpu, cuda, cuda:N or mps")
+    return name
 
 
 device = click.option(
@@ -60,6 +69,7 @@ def resolve(name: str) -> str:
     """
     import torch
 
+    check_device(name)
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")

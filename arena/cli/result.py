@@ -143,7 +143,7 @@ def _minimum(sweep: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> 
         for kind, number in (a.get("violations") or {}).items():
             total[kind] = total.get(kind, 0) + number
     return {
-        "name": f"{sweep['name']}: minimum of {len(members)}",
+        "name": f"{sweep['name']} minimum ({len(members)})",
         "status": bad[0] if bad else "ok",
         "attempted": max((a["attempted"] for a in members), default=0),
         "broken": None,
@@ -159,7 +159,7 @@ def _cells(attack: Mapping[str, Any], unique: bool, rules: bool) -> list[Any]:
         cell(attack["name"]),
         cell(attack["status"], style="" if attack["status"] == "ok" else "yellow"),
         str(attack["attempted"]),
-        "" if broken is None else str(broken),
+        "-" if broken is None else str(broken),
         percent(attack.get("robust_accuracy")),
         percent(attack.get("cumulative_accuracy")),
     ]
@@ -172,12 +172,11 @@ def _cells(attack: Mapping[str, Any], unique: bool, rules: bool) -> list[Any]:
 
 
 def _rosters(console: Console, record: Record) -> None:
-    made = table("entry", ">worst", "=95 %", ">attacks", "=complete", ">forwards", ">backwards", ">time")
+    made = table("entry", ">worst (95 %)", ">attacks", "=complete", ">forw.", ">backw.", ">time")
     for row in record["rosters"]:
         made.add_row(
             cell(row["name"]),
-            percent(row["robust_accuracy"]),
-            interval(row.get("ci95")),
+            f"{percent(row['robust_accuracy'])} ({interval(row.get('ci95'))})",
             str(len(row["members"])),
             "yes" if row.get("complete") else "no",
             count(row.get("forwards")),

@@ -1,0 +1,174 @@
+"""Help, listing and standings: fast, complete, without torch; the exit codes of the program itself."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from arena.cli import COMMANDS
+from arena.cli import arena as group
+
+HEAVY = ["torch", "torchvision", "numpy", "sklearn", "scipy", "art", "foolbox"]
+PROBE = f"""
+import sys
+from arena.cli import run
+code = run(sys.argv[1:])
+heavy = [m for m in {HEAVY!r} if m in sys.modules]
+print(heavy, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--help",
+        *(f"{c} --help" for c in COMMANDS),
+        "--version",
+        "list",
+        "list --json",
+        "plugins list",
+        "plugins doctor",
+        "leaderboard",
+        "leaderboard --format json",
+        "show 0123",
+        "mtch",
+        "match --vs",
+        "match sat --precision bf16",
+    ],
+)
+def test_light_commands_import_nothing_heavy(plant, record, line):
+    plant(record)
+    done = subprocess.run([sys.executable, "-c", PROBE, *line.split()], capture_output=True, text=True, timeout=60)
+    assert done.returncode in (0, 2), done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_help_is_fast():
+    best = min(_seconds() for _ in range(5))
+    assert best < 0.3, f"{best:.2f} s"
+
+
+def _seconds() -> float:
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "arena", "--help"], capture_output=True, check=True)
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name):
+    done = CliRunner().invoke(group, [name, "--help"])
+    assert done.exit_code == 0
+    assert max(len(line) for line in done.output.splitlines()) <= 80
+    if name != "plugins":
+        assert "Examples:" in done.output
+        for example in re.findall(r"arena (\w+)", done.output.split("Examples:")[1].split("Options:")[0]):
+            assert example in COMMANDS
+
+
+def test_help_shows_the_overview_and_the_exit_codes():
+    text = CliRunner().invoke(group, ["--help"]).output
+    assert all(f"  {name} " in text for name in COMMANDS)
+    assert "Exit codes: 0 done; 1 a threshold failed" in text
+
+
+def test_the_program_exits_with_the_code(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "arena", "show", "abc"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "arena: error: unknown result 'abc'; the store is empty\n"
+
+
+def test_ctrl_c_exits_with_three_and_one_line():
+    code = "import time, arena.cli.show as s\nfrom arena.cli import main\nimport arena.store\n"
+    code += "def slow(): print('here', flush=True); time.sleep(60)\narena.store.open_store = slow\nmain()"
+    running = subprocess.Popen(
+        [sys.executable, "-c", code, "show", "abc"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert running.stdout is not None
+    assert running.stdout.readline() == "here\n"
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=30)
+    assert (running.returncode, err) == (3, "arena: interrupted; the same command continues\n")
+
+
+def test_a_closed_pipe_is_no_bug(plant, record):
+    plant(record)
+    code = f"{sys.executable} -m arena list --json | head -c 10"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, env=os.environ)
+    assert "Traceback" not in done.stderr
+
+
+def test_leaderboard_without_results(arena):
+    done = arena("leaderboard")
+    assert done.code == 0
+    assert "No results yet in" in done.out
+    assert arena("leaderboard", "--format", "json").out == "[]\n"
+
+
+def test_leaderboard_table(arena, plant, record):
+    plant(record)
+    other = json.loads(json.dumps(record)) | {"id": "f" * 12, "defense": "sat"}
+    other["model"]["id"] = "other"
+    other["worst_case"] = {"robust_accuracy": 61.25, "ci95": [56.4, 65.9]}
+    plant(other)
+    third = json.loads(json.dumps(other)) | {"id": "e" * 12, "defense": "[red]x", "rosters": []}
+    third["model"]["id"] = "third"
+    plant(third)
+    text = arena("leaderboard").out
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip() != "audited"]  # wrapped
+    assert lines[0] == "digits · Linf eps 0.2 · n 400 · cnn"
+    assert lines[1] == "rank defense nat. worst (95 %) auto adapt verdict passes date"
+    assert lines[3] == "1 sat 97.5 61.2 (56.4-65.9) 67.5 35.0 not 466k 2026-11-20"
+    assert lines[4] == "2 fgaa_sat 97.5 34.5 (30.0-39.3) 67.5 35.0 not 466k 2026-11-20"
+    rest = " ".join(lines[5:])
+    assert (
+        rest == "not ranked: [red]x (eeeeee): worst case 61.2 (56.4-65.9); autoattack not played; adaptive not played"
+    )
+    shown = arena("leaderboard", "--defense", "fgaa_sat", "--format", "csv").out
+    assert [r["rank_best"] for r in csv.DictReader(io.StringIO(shown))] == ["2"]
+
+
+def test_leaderboard_filters_and_formats(arena, plant, record):
+    plant(record)
+    for line, found in (
+        ("--eps 1/5", 1),
+        ("--norm linf", 1),
+        ("-n 400", 1),
+        ("--dataset digits", 1),
+        ("-n 3", 0),
+        ("--eps 0.3", 0),
+        ("--dataset mnist", 0),
+    ):
+        assert len(json.loads(arena("leaderboard", "--format", "json", *line.split()).out)) == found
+    assert arena("leaderboard", "-n", "3").out.startswith("No result fits in")
+    assert "| 1 | fgaa_sat |" in arena("leaderboard", "--format", "md").out
+    assert arena("leaderboard", "--eps", "q").refusal.startswith("eps 'q': expected a number")
+    assert arena("leaderboard", "--norm", "L7").refusal == "unknown norm 'L7'; did you mean 'L2'?"
+    assert "'html' is not one of" in arena("leaderboard", "--format", "html").refusal
+
+
+def test_lists(arena):
+    text = arena("list").out
+    assert re.match(r"\d+ defenses, \d+ attacks, \d+ rosters, 1 dataset, \d+ backbones\n", text)
+    assert all(name in text for name in ("fgaa_sat", "pgd", "digits", "cnn"))
+    data = json.loads(arena("list", "--json").out)
+    assert sorted(data) == ["attacks", "backbones", "datasets", "defenses", "rosters"]
+    (digits,) = json.loads(arena("list", "datasets", "--json").out)
+    assert (digits["name"], digits["eps"], digits["origin"].split()[0]) == ("digits", "0.2", "adversarial-arena")
+    sat = next(d for d in data["defenses"] if d["name"] == "fgaa_sat")
+    assert sat["options"]["lam"]["default"] == 2
+    assert sat["twin"] == "sat"
+    assert max(map(len, arena("list", "attacks").out.splitlines())) <= 80
+    assert arena("list", "defence").refusal == "unknown kind 'defence'; did you mean 'defenses'?"

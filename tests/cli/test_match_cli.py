@@ -1,0 +1,172 @@
+"""The command ``match``: options to question, exit codes, refusals; the playing itself is replaced."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from arena.errors import ArenaError
+
+
+def test_defaults(arena, played):
+    done = arena("match", "sat")
+    assert done.code == 0
+    ((question, running),) = played.asked
+    assert (question.defense, question.vs, question.dataset) == ("sat", ("autoattack", "adaptive"), "digits")
+    assert (question.n, question.seed, question.train_seed, question.eps) == (None, 0, 0, None)
+    assert (running.batch_size, running.replay, running.retrain, running.matrix) == (None, False, False, False)
+
+
+def test_every_option_arrives(arena, played):
+    line = (
+        "match fgaa_sat(lam=1) --vs pgd(steps=100,restarts=5),autoattack --dataset npz:x.npz --backbone cnn --norm l2"
+    )
+    line += " --eps 8/255 -n 7 --seed 3 --train-seed 4 --device cpu --batch-size 9 --checkpoint w --surface s.toml"
+    line += " --replay --retrain --matrix"
+    assert arena(*line.split()).code == 0
+    ((q, r),) = played.asked
+    assert q.vs == ("pgd(steps=100,restarts=5)", "autoattack")
+    assert (q.dataset, q.backbone, q.norm, q.eps, q.n, q.seed, q.train_seed) == (
+        "npz:x.npz",
+        "cnn",
+        "l2",
+        "8/255",
+        7,
+        3,
+        4,
+    )
+    assert (q.checkpoint, q.surface) == (Path("w"), Path("s.toml"))
+    assert (r.device, r.batch_size, r.replay, r.retrain, r.matrix) == ("cpu", 9, True, True, True)
+
+
+def test_a_stored_result_says_so(arena, played):
+    assert "stored result" not in arena("match", "sat").out
+    played.stored = True
+    out = arena("match", "sat").out
+    assert out.startswith("stored result of 2026-11-20 10:00; --replay attacks again")
+    assert "worst case 34.5 %" in out
+
+
+def test_json(arena, played, record, tmp_path):
+    done = arena("match", "sat", "--json", "-")
+    assert json.loads(done.out) == record
+    done = arena("match", "sat", "--json", str(tmp_path / "deep" / "r.json"))
+    assert json.loads((tmp_path / "deep" / "r.json").read_text()) == record
+    assert "worst case 34.5 %" in done.out
+    (tmp_path / "file").write_text("")
+    done = arena("match", "sat", "--json", str(tmp_path / "file" / "r.json"))
+    assert "cannot be written" in done.refusal
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        ("--fail-under 34.5", 0),
+        ("--fail-under 34.6", 1),
+        ("--fail-under 30 --fail-on lower-ci", 0),
+        ("--fail-under 30.1 --fail-on lower-ci", 1),
+        ("--fail-under 30.1 --fail-on point", 0),
+    ],
+)
+def test_thresholds(arena, played, args, code):
+    done = arena("match", "sat", *args.split())
+    assert done.code == code
+    assert ("is under --fail-under" in done.err) == bool(code)
+
+
+def test_void_fails_and_a_missing_number_is_under_any_threshold(arena, played, record):
+    record["audit"]["verdict"] = "void"
+    played.answer = lambda question, running: record
+    assert arena("match", "sat").code == 1
+    record["audit"]["verdict"] = "suspect"
+    assert arena("match", "sat").code == 0
+    record["worst_case"] = {"robust_accuracy": None, "ci95": None}
+    for on in ("point", "lower-ci"):
+        done = arena("match", "sat", "--fail-under", "0", "--fail-on", on)
+        assert (done.code, "missing" in done.err) == (1, True)
+
+
+def test_interruption(arena, played):
+    def stop(question, running):
+        raise KeyboardInterrupt
+
+    played.answer = stop
+    done = arena("match", "sat")
+    assert (done.code, done.err) == (3, "arena: interrupted; the same command continues\n")
+
+
+def test_what_the_user_can_fix_is_one_line(arena, played):
+    def refuse(question, running):
+        raise ArenaError("something\nover two lines.")
+
+    played.answer = refuse
+    assert arena("match", "sat").refusal == "something over two lines"
+
+
+def test_bugs_keep_their_traceback(arena, played):
+    def bug(question, running):
+        raise ZeroDivisionError
+
+    played.answer = bug
+    with pytest.raises(ZeroDivisionError):
+        arena("match", "sat")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("mtch sat", "unknown command 'mtch'; did you mean 'match'?"),
+        ("match sat --bacth-size 3", "unknown option '--bacth-size'; did you mean '--batch-size'?"),
+        ("match sat --qqqqqq 3", "unknown option '--qqqqqq'; see --help"),
+        ("match", "Missing argument 'DEFENSE|CARD.toml'"),
+        ("match sat more", "Got unexpected extra argument (more)"),
+        ("match sat --precision bf16", "--precision bf16: not yet; the search runs in fp32"),
+        ("match sat --batch-size 0", "--batch-size '0': expected auto or a whole number of at least 1"),
+        ("match sat --batch-size many", "--batch-size 'many': expected auto or a whole number of at least 1"),
+        ("match sat --device gpu", "--device 'gpu': expected auto, cpu, cuda, cuda:N or mps"),
+        ("match sat --device cuda:99", "--device 'cuda:99': this machine has"),
+        ("match sat -n many", "Invalid value for '-n': 'many' is not a valid integer"),
+        ("match sat --vs pgd(steps=3", "'pgd(steps=3': '(' is never closed (brackets need quotes in a shell)"),
+        ("match sat --vs pgd,,fgsm", "'pgd,,fgsm': an entry is empty"),
+        ("match sat --fail-under 101", "Invalid value for '--fail-under': 101.0 is not in the range 0<=x<=100"),
+        ("match sat --fail-on luck", "Invalid value for '--fail-on': 'luck' is not one of 'point', 'lower-ci'"),
+        ("match nothing.toml", "card nothing.toml: No such file or directory"),
+    ],
+)
+def test_refusals(arena, played, line, message):
+    assert arena(*line.split()).refusal.startswith(message)
+    assert not played.asked
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("fgaa_satt --vs pgd", "unknown defense 'fgaa_satt'; did you mean 'fgaa_sat'?"),
+        ("sat --vs pdg", "unknown attack 'pdg'; did you mean 'pgd'?"),
+        ("sat --vs pgd(stps=3)", "attack 'pgd': unknown option 'stps'; did you mean 'steps'?"),
+        ("sat --vs pgd(steps=many)", "attack 'pgd': option 'steps': expected a number, got 'many'"),
+        ("fgaa_sat(lamb=1) --vs pgd", "defense 'fgaa_sat': unknown option 'lamb'; did you mean 'lam'?"),
+        ("sat --vs pgd --dataset digit", "unknown dataset 'digit'; did you mean 'digits'?"),
+        ("sat --vs pgd --backbone cn", "unknown backbone 'cn'; did you mean 'cnn'?"),
+        ("sat --vs pgd --norm Lif", "unknown norm 'Lif'; did you mean 'Linf'?"),
+        ("sat --vs pgd --eps huge", "eps 'huge': expected a number or a fraction such as 8/255 or 0.03"),
+        ("sat --vs pgd --eps 8", "eps '8': larger than the box [0, 1]; images are in [0, 1], did you mean 8/255?"),
+        ("sat --vs pgd -n 601", "-n 601: data set 'digits' has 1 to 600 test points"),
+        ("sat --vs pgd --dataset npz:none.npz", "data set 'npz:none.npz': no such file"),
+    ],
+)
+def test_refusals_by_the_core_in_this_installation(arena, line, message):
+    assert arena("match", *line.split()).refusal.startswith(message)
+
+
+def test_corrupt_store_and_home_in_the_way(arena, tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "arena.db").write_bytes(b"garbage" * 100)
+    for line in ("match sat --vs pgd", "leaderboard", "show abc", "verify abc"):
+        assert "arena.db is damaged" in arena(*line.split()).refusal
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ARENA_HOME", str(tmp_path / "file"))
+    for line in ("match sat --vs pgd", "leaderboard", "show abc", "verify abc"):
+        assert "is not a folder" in arena(*line.split()).refusal
