@@ -47,7 +47,7 @@ class Contender:
     """Applies eval options."""
 
     def build(self) -> nn.Module:
-        """Make a fresh module from factory and stored weights: on the CPU, in eval mode, parameters without gradient."""
+        """Make a fresh module from factory and stored weights: on the CPU, in eval mode, its weights frozen."""
         with seeded(0):
             model = self.factory()
         restore(model, self.weights, self.name)

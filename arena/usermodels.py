@@ -88,7 +88,7 @@ class OwnPlan:
             except BaseException as e:
                 raise ArenaError(f"'{self.name}': the factory raised {said(e)}") from e
         if not isinstance(made, nn.Module):
-            raise ArenaError(f"'{self.name}': the factory returned a {type(made).__name__}, expected an nn.Module")
+            raise ArenaError(f"'{self.name}': the factory returned {type(made).__name__}, expected an nn.Module")
         return made
 
 
@@ -113,7 +113,7 @@ def plan_own(text: str, *, train_seed: int, checkpoint: Path | None, surface: Pa
     found = getattr(module, factory, None)
     if not callable(found):
         known = [k for k, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
-        what = "has no factory" if found is None else f"holds a {type(found).__name__}, no callable, named"
+        what = "has no factory" if found is None else f"holds {type(found).__name__}, not a callable, as"
         hint = nearest(factory, known) or f"; it has: {', '.join(sorted(known)[:8]) or 'no callable of its own'}"
         raise ArenaError(f"'{text}': {where} {what} '{factory}'{hint}")
     declared = Surface() if surface is None else surface_from_toml(surface)

@@ -1,0 +1,325 @@
+"""Plans, keys, the cache and the command that is said when there is no model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from arena.checkpoints import read_weights
+from arena.datasets import to_float
+from arena.errors import ArenaError
+from arena.home import home, lock
+from arena.models import TrainedPlan, plan, preset_for
+from arena.plugins import registry
+from arena.surface import Reader, selects
+from arena.threat import Threat
+from arena.watch import Silent
+
+
+class Counter(Silent):
+    """Counts trainings and epochs."""
+
+    def __init__(self) -> None:
+        self.phases = 0
+        self.epochs = 0
+
+    def phase(self, name: str, total: int, unit: str) -> None:
+        self.phases += 1
+
+    def advance(self, done: int, note: str = "") -> None:
+        self.epochs += note != "resumed"
+
+
+def planned(text, images, **given) -> TrainedPlan:
+    settings = {
+        "dataset": "digits",
+        "backbone": "cnn(width=4)",
+        "train_seed": 0,
+        "threat": Threat("Linf", "0.05"),
+        "checkpoint": None,
+        "surface": None,
+        "registry": registry(),
+        "epochs": 2,
+    }
+    found = plan(text, images=images, **{**settings, **given})
+    assert isinstance(found, TrainedPlan)
+    return found
+
+
+def obtain(found, *, train=True, retrain=False, watch=None):
+    return found.obtain(train=train, retrain=retrain, device="cpu", watch=watch or Silent())
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({}, True),
+        ({"backbone": "cnn( width = 4 )"}, True),
+        ({"threat": Threat.parse("linf", "5/100")}, True),
+        ({"text": "adversarial-arena/fgaa_sat(lam=2)"}, True),
+        ({"text": "fgaa_sat(inner=full)"}, True),
+        ({"text": "fgaa_sat(inner=aux)"}, False),
+        ({"text": "fgaa_rt"}, False),
+        ({"backbone": "cnn"}, False),
+        ({"backbone": "resnet_small(width=4)"}, False),
+        ({"threat": Threat("Linf", "0.06")}, False),
+        ({"threat": Threat("L2", "0.05")}, False),
+        ({"train_seed": 1}, False),
+        ({"epochs": 3}, False),
+    ],
+)
+def test_the_key_follows_what_decides_the_weights(tiny_images, change, same):
+    base = planned("fgaa_sat", tiny_images)
+    other = planned(change.pop("text", "fgaa_sat"), tiny_images, **change)
+    assert (base.key == other.key) == same
+    assert (base.training_key == other.training_key) == same
+
+
+def test_the_threat_is_no_part_of_natural_training(tiny_images):
+    a, b = (planned("rt", tiny_images, threat=Threat("Linf", eps)) for eps in ("0.1", "0.2"))
+    assert a.key == b.key
+
+
+def test_the_data_is_part_of_the_key(tiny_images):
+    from dataclasses import replace
+
+    other = replace(tiny_images, y_train=tiny_images.y_train.flip(0))
+    assert planned("rt", tiny_images).training_key != planned("rt", other).training_key
+
+
+def test_trained_once_then_found(tiny_images, arena_home):
+    watch = Counter()
+    found = planned("fgaa_sat(lam=1)", tiny_images)
+    assert not found.cached()
+    first = obtain(found, watch=watch)
+    assert (watch.phases, watch.epochs) == (1, 2)
+    assert found.cached()
+    second = obtain(planned("fgaa_sat(lam=1)", tiny_images), train=False, watch=watch)
+    assert (watch.phases, watch.epochs) == (1, 2)
+    assert first.id == second.id
+    assert first.name == "fgaa_sat(lam=1)"
+    assert first.backbone == "cnn(width=4)"
+    assert (first.twin, first.options["inner"], dict(first.eval_options)) == ("sat", "full", {})
+    assert first.origin.startswith("adversarial-arena ")
+    assert list(first.surface.heads) == ["head1", "head2"]
+    folder = home() / "models" / found.training_key[:16]
+    assert {p.name for p in folder.iterdir()} == {"best.safetensors", "last.safetensors", "model.json"}
+    record = json.loads((folder / "model.json").read_text())
+    assert record["trained"] == json.loads(json.dumps(first.trained))
+    assert len(record["history"]) == record["trained"]["epochs"] == 2
+    assert {"natural", "pgd", "images"} == set(record["trained"]["held_out"])
+
+
+def test_a_built_model_is_fresh_frozen_and_in_eval_mode(tiny_images, arena_home):
+    contender = obtain(planned("ewas_sat", tiny_images))
+    one, two = contender.build(), contender.build()
+    x = to_float(tiny_images.x_test)
+    assert torch.equal(one(x), two(x))
+    assert one(x).shape == (24, 3)
+    assert not any(m.training for m in one.modules())
+    assert not any(p.requires_grad for p in one.parameters())
+    assert contender.parameters == sum(p.numel() for p in one.parameters())
+    assert not {id(p) for p in one.parameters()} & {id(p) for p in two.parameters()}
+    with Reader(one, contender.surface) as read:
+        assert read(x).scores().shape == (24, 2, 3)
+    assert set(selects(one, contender.surface)) == {"mask1"}
+    folder = home() / "models" / planned("ewas_sat", tiny_images).training_key[:16]
+    best = read_weights(folder / "best.safetensors")
+    assert all(torch.equal(v, best[k]) for k, v in one.state_dict().items())
+
+
+def test_the_callers_generator_is_left_alone(tiny_images, arena_home):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    obtain(planned("sat", tiny_images)).build()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_retrain_trains_again_to_the_same_model(tiny_images, arena_home):
+    watch = Counter()
+    first = obtain(planned("sat", tiny_images), watch=watch)
+    second = obtain(planned("sat", tiny_images), retrain=True, watch=watch)
+    assert (watch.phases, watch.epochs) == (2, 4)
+    assert first.id == second.id
+
+
+def test_other_seeds_give_other_models(tiny_images, arena_home):
+    assert len({obtain(planned("rt", tiny_images, train_seed=s)).id for s in (0, 1, 2)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "command"),
+    [
+        ("sat", {"threat": Threat("Linf", "0.2"), "backbone": None}, "arena train sat --dataset digits"),
+        (
+            "fgaa_sat(lam=1)",
+            {"train_seed": 3},
+            "arena train 'fgaa_sat(lam=1)' --dataset digits --backbone 'cnn(width=4)' --norm Linf --eps 0.05 "
+            "--train-seed 3",
+        ),
+        ("rt", {"dataset": "npz:a b.npz", "backbone": None}, "arena train rt --dataset 'npz:a b.npz'"),
+    ],
+)
+def test_without_leave_to_train_the_command_is_said(tiny_images, arena_home, text, given, command):
+    with pytest.raises(ArenaError) as error:
+        obtain(planned(text, tiny_images, **given), train=False)
+    assert str(error.value).startswith("no trained model of '")
+    assert str(error.value).endswith(f"train it with: {command}")
+    assert not (arena_home / "models").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "words"),
+    [
+        ("fgaa_sta", {}, "unknown defense 'fgaa_sta'; did you mean 'fgaa_sat'"),
+        ("fgaa_sat(lamb=1)", {}, "defense 'fgaa_sat': unknown option 'lamb'; did you mean 'lam'"),
+        ("fgaa_sat(inner=both)", {}, "option 'inner': expected full or aux, got 'both'"),
+        ("fgaa_sat(lam=-1)", {}, "option 'lam': expected 0 to inf, got '-1'"),
+        ("sat", {"backbone": "resnet81"}, "unknown backbone 'resnet81'; did you mean 'resnet18'"),
+        ("sat", {"backbone": "cnn(widht=3)"}, "backbone 'cnn': unknown option 'widht'; did you mean 'width'"),
+        ("sat", {"threat": Threat("L1", "1")}, "adversarial training knows Linf and L2, got L1"),
+        ("sat", {"dataset": "digit"}, "unknown dataset 'digit'; did you mean 'digits'"),
+        ("my.py:factory", {"backbone": "cnn"}, "takes no --backbone"),
+        ("sat", {"checkpoint": Path("none.safetensors")}, "'none.safetensors': no such file"),
+        ("sat", {"surface": Path("none.toml")}, "'none.toml': no such file"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(tiny_images, text, given, words):
+    with pytest.raises(ArenaError) as error:
+        planned(text, tiny_images, **given)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_ewas_names_the_nearest_slot(tiny_images, arena_home):
+    with pytest.raises(ArenaError, match=r"'block4.outt'; did you mean 'block4.out'"):
+        obtain(planned("ewas_sat(slot=block4.outt)", tiny_images))
+
+
+def test_a_checkpoint_instead_of_training(tiny_images, arena_home, tmp_path):
+    watch = Counter()
+    trained = obtain(planned("fgaa_sat", tiny_images), watch=watch)
+    path = home() / "models" / planned("fgaa_sat", tiny_images).training_key[:16] / "best.safetensors"
+    copy = tmp_path / "mine.safetensors"
+    copy.write_bytes(path.read_bytes())
+    loaded = obtain(planned("fgaa_sat", tiny_images, checkpoint=copy), train=False, watch=watch)
+    assert watch.phases == 1
+    assert loaded.id == trained.id
+    assert loaded.key != trained.key
+    assert loaded.trained["weights"] == "checkpoint"
+    # Attacked under any threat model, for nothing is trained.
+    planned("fgaa_sat", tiny_images, checkpoint=copy, threat=Threat("L1", "1"))
+    with pytest.raises(ArenaError, match=r"another architecture's weights: 'block1\.conv\.weight' is \(4, 1, 3, 3\)"):
+        obtain(planned("fgaa_sat", tiny_images, checkpoint=copy, backbone="cnn(width=5)"))
+    with pytest.raises(ArenaError, match="is not in the model"):
+        obtain(planned("sat", tiny_images, checkpoint=copy))
+
+
+def test_a_surface_file_replaces_the_declared_one(tiny_images, arena_home, tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text('[heads.second]\npath = "block4.out.scores"\n')
+    base = planned("fgaa_sat", tiny_images)
+    other = planned("fgaa_sat", tiny_images, surface=path)
+    assert other.key != base.key
+    assert list(other.surface.heads) == ["second"]
+
+
+def test_a_damaged_cache_is_said(tiny_images, arena_home):
+    found = planned("rt", tiny_images)
+    obtain(found)
+    weights = found.folder / "best.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ArenaError, match=r"best\.safetensors: missing or damaged; train again with --retrain"):
+        obtain(found)
+    (found.folder / "model.json").write_text("{")
+    with pytest.raises(ArenaError, match=r"model\.json: damaged; train again with --retrain"):
+        obtain(found)
+    obtain(found, retrain=True)
+    obtain(found, train=False)
+
+
+def test_one_training_at_a_time(tiny_images, arena_home):
+    found = planned("rt", tiny_images)
+    with lock(f"model-{found.training_key[:16]}"), pytest.raises(ArenaError, match="in use by another"):
+        obtain(found)
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "backbone"),
+    [((1, 8, 8), 2, "cnn(width=4)"), ((3, 9, 7), 3, "resnet_small(width=4)"), ((3, 8, 12), 4, "resnet18(width=2)")],
+)
+@pytest.mark.parametrize("text", ["fgaa_sat", "ewas_sat", "trades", "mart", "fgaa_rt", "ewas_rt"])
+def test_any_classes_channels_and_sides_train(arena_home, text, shape, classes, backbone):
+    from arena.datasets import Images
+
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.rand(24, *shape, generator=g), torch.arange(24) % classes
+    images = Images("any", x[:16], y[:16], x[16:], y[16:], classes)
+    model = obtain(planned(text, images, backbone=backbone, epochs=1)).build()
+    assert model(x[16:]).shape == (8, classes)
+    assert torch.isfinite(model(x)).all()
+
+
+def test_presets_by_data_set_and_backbone():
+    spec = registry().get("defense", "ewas_sat").spec
+    assert preset_for(spec, "digits", "cnn") is spec.presets["digits"]
+    assert preset_for(spec, "svhn", "resnet18").lr == 0.01
+    assert preset_for(spec, "unheard_of", "resnet18") is spec.presets["*"]
+
+
+def test_sigkill_in_training_then_the_same_call_ends_alike(arena_home, tmp_path):
+    """Kill a process in the middle of training; the next one goes on and reaches the uninterrupted weights."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import arena.training, functools, sys, torch
+            torch.set_num_threads(1)
+            arena.training.fit.__kwdefaults__["save_every"] = 0.0
+            from arena.datasets import digits
+            from arena.models import plan
+            from arena.plugins import registry
+            from arena.threat import Threat
+            class Say:
+                def phase(self, *a): pass
+                def say(self, text): pass
+                def advance(self, done, note=""): print(done, note, flush=True)
+            p = plan("fgaa_sat", dataset="digits", images=digits(), backbone="cnn(width=4)", train_seed=0, epochs=6,
+                     threat=Threat("Linf", "0.2"), checkpoint=None, surface=None, registry=registry())
+            print("id", p.obtain(train=True, retrain=False, device="cpu", watch=Say()).id, flush=True)
+            """
+        )
+    )
+
+    def run(folder: Path, kill_after: int | None) -> list[str]:
+        environment = {**os.environ, "ARENA_HOME": str(folder), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
+        lines: list[str] = []
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.strip())
+            if kill_after is not None and line.startswith(f"{kill_after} loss"):
+                time.sleep(0.03)
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stdout.close()
+        process.wait()
+        assert (process.returncode == 0) == (kill_after is None)
+        return lines
+
+    whole = run(tmp_path / "whole", None)
+    run(tmp_path / "broken", 3)
+    last = run(tmp_path / "broken", None)
+    assert last[0] in ("3 resumed", "4 resumed", "5 resumed")
+    assert last[-1] == whole[-1]
+    assert last[-1].startswith("id ")

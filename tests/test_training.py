@@ -1,0 +1,272 @@
+"""The loop: learns, resumes to the same weights, disturbs nothing, says when it diverges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+from arena.datasets import to_float
+from arena.errors import ArenaError
+from arena.specs import Preset
+from arena.surface import Head, Surface
+from arena.threat import Threat
+from arena.training import Usual, augment, fit, rate, split
+from arena.watch import Silent
+
+CPU = torch.device("cpu")
+THREAT = Threat("Linf", "0.05")
+PRESET = Preset(6, batch=8, lr=0.1, steps=2, augment="shift")
+
+
+class Net(nn.Module):
+    """Has every kind of state a resume must carry: batch statistics, dropout's random numbers, momentum."""
+
+    def __init__(self, head: bool = True) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.2))
+        self.out = nn.Linear(12, 3)
+        if head:
+            self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        a = self.body(x)
+        if hasattr(self, "head"):
+            self.head(a)
+        return self.out(a)
+
+
+SURFACE = Surface(heads={"head": Head("head")})
+
+
+def net() -> Net:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return Net()
+
+
+@dataclass
+class Kill(Silent):
+    """Stops training after an epoch, as Ctrl-C does."""
+
+    after: int = 10**9
+    seen: list[tuple[int, str]] = field(default_factory=list)
+    phases: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def phase(self, name: str, total: int, unit: str) -> None:
+        self.phases.append((name, total, unit))
+
+    def advance(self, done: int, note: str = "") -> None:
+        self.seen.append((done, note))
+        if done == self.after and note != "resumed":
+            raise KeyboardInterrupt
+
+
+def train(images, folder: Path, *, stages=None, watch=None, preset=PRESET, model=None, seed=0, **more):
+    model = model or net()
+    folder.mkdir(parents=True, exist_ok=True)
+    fitted = fit(
+        model,
+        stages if stages is not None else [Usual("sat", lam=0.5)],
+        images,
+        preset,
+        THREAT,
+        name="test",
+        surface=SURFACE,
+        train_seed=seed,
+        folder=folder,
+        device=CPU,
+        watch=watch or Silent(),
+        save_every=0.0,
+        **more,
+    )
+    return model, fitted
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"{name}.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_it_learns_and_reports(tiny_images, tmp_path):
+    watch = Kill()
+    model, fitted = train(tiny_images, tmp_path, watch=watch, preset=replace(PRESET, epochs=25, augment="none"))
+    with torch.no_grad():
+        right = model(to_float(tiny_images.x_test)).argmax(1) == tiny_images.y_test
+    assert right.float().mean() > 0.9
+    assert not model.training
+    assert fitted.history[-1]["loss"] < fitted.history[0]["loss"] / 2
+    assert {"loss", "main", "heads", "natural", "pgd", "epoch", "stage"} <= set(fitted.history[-1])
+    assert fitted.best["pgd"] == max(h["pgd"] for h in fitted.history if "pgd" in h)
+    assert watch.phases == [("train test", 25, "epochs")]
+    assert [d for d, _ in watch.seen] == list(range(1, 26))
+    assert "held out: natural" in watch.seen[-1][1]
+    assert same(weights(tmp_path, "last"), model.state_dict())
+
+
+def test_equal_seeds_equal_weights_other_seeds_others(tiny_images, tmp_path):
+    a, _ = train(tiny_images, tmp_path / "a")
+    torch.manual_seed(12345)  # the caller's generator does not matter
+    b, _ = train(tiny_images, tmp_path / "b")
+    c, _ = train(tiny_images, tmp_path / "c", seed=1)
+    assert same(a.state_dict(), b.state_dict())
+    assert not same(a.state_dict(), c.state_dict())
+
+
+def test_the_global_generator_is_left_alone(tiny_images, tmp_path):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    train(tiny_images, tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("recipe", ["sat", "mart"])
+@pytest.mark.parametrize("kills", [(1,), (3,), (2, 4, 5)])
+def test_a_killed_training_ends_with_the_weights_of_an_unbroken_one(tiny_images, tmp_path, recipe, kills):
+    stages = [Usual(recipe, lam=0.5, beta=2.0)]
+    _, whole = train(tiny_images, tmp_path / "whole", stages=stages)
+    broken = tmp_path / "broken"
+    for epoch in kills:
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_images, broken, stages=stages, watch=Kill(after=epoch))
+    watch = Kill()
+    _, fitted = train(tiny_images, broken, stages=stages, watch=watch)
+    if kills[-1] > 1:  # the first kill comes before anything was saved
+        assert watch.seen[0][1] == "resumed"
+    assert len(watch.seen) < 6 + 1
+    for name in ("best", "last"):
+        assert same(weights(broken, name), weights(tmp_path / "whole", name))
+    assert fitted.history == whole.history
+    assert fitted.best == whole.best
+
+
+def test_stages_follow_each_other_and_resume_across_the_border(tiny_images, tmp_path):
+    stages = [Usual("rt", lam=0.5), Usual("sat", lam=0.5)]
+    preset = replace(PRESET, epochs=3)
+    _, whole = train(tiny_images, tmp_path / "whole", stages=stages, preset=preset)
+    assert [(h["stage"], h["epoch"]) for h in whole.history] == [(s, e) for s in (0, 1) for e in (1, 2, 3)]
+    assert whole.best["stage"] == 1
+    for epoch in (3, 4, 5):
+        broken = tmp_path / f"broken{epoch}"
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_images, broken, stages=stages, preset=preset, watch=Kill(after=epoch))
+        _, again = train(tiny_images, broken, stages=stages, preset=preset)
+        assert again.history == whole.history
+        assert same(weights(broken, "last"), weights(tmp_path / "whole", "last"))
+
+
+@dataclass(frozen=True)
+class OnlyHead(Usual):
+    """A stage that trains one part of the model."""
+
+    def trainable(self, model):
+        return model.head.parameters()
+
+
+def test_frozen_parameters_stay_and_thaw(tiny_images, tmp_path):
+    model = net()
+    before = {k: v.clone() for k, v in model.named_parameters()}
+    train(tiny_images, tmp_path, stages=[OnlyHead("rt", lam=1.0)], model=model)
+    changed = {k for k, v in model.named_parameters() if not torch.equal(v, before[k])}
+    assert changed == {"head.weight", "head.bias"}
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_no_stage_at_all_is_a_recipe(tiny_images, tmp_path):
+    model = net()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    _, fitted = train(tiny_images, tmp_path, stages=[], model=model)
+    assert fitted.history == []
+    assert same(weights(tmp_path, "best"), before)
+    assert same(weights(tmp_path, "last"), before)
+
+
+def test_a_stage_starts_from_another_defense_where_names_and_shapes_agree(tiny_images, tmp_path):
+    given = Net(head=False).state_dict()
+    stages = [Usual("rt", start_from="rt")]
+    model, _ = train(
+        tiny_images, tmp_path, stages=stages, preset=replace(PRESET, epochs=0), start={"rt": given}.__getitem__
+    )
+    assert torch.equal(model.out.weight, given["out.weight"])
+    with pytest.raises(ArenaError, match="starts from 'rt', but no tensor"):
+        train(tiny_images, tmp_path, stages=stages, start=lambda _: {"other": torch.zeros(1)})
+
+
+def test_divergence_is_said(tiny_images, tmp_path):
+    with pytest.raises(ArenaError, match=r"training of 'test' diverged: the loss was (nan|inf) in epoch 1 of 6"):
+        train(tiny_images, tmp_path, preset=replace(PRESET, lr=1e30))
+
+
+def test_a_damaged_resume_file_costs_a_fresh_start(tiny_images, tmp_path):
+    whole, _ = train(tiny_images, tmp_path / "whole")
+    broken = tmp_path / "broken"
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_images, broken, watch=Kill(after=3))
+    data = (broken / "resume.pt").read_bytes()
+    (broken / "resume.pt").write_bytes(data[: len(data) // 2])
+    model, _ = train(tiny_images, broken)
+    assert same(model.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("norm", ["L1", "L0"])
+def test_norms_that_training_does_not_know_are_refused(tiny_images, tmp_path, norm):
+    with pytest.raises(ArenaError, match=f"adversarial training knows Linf and L2, got {norm}"):
+        fit(
+            net(), [Usual("sat")], tiny_images, PRESET, Threat(norm, "1"), name="sat", surface=SURFACE, train_seed=0,
+            folder=tmp_path, device=CPU, watch=Silent(),
+        )  # fmt: skip
+
+
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=200))
+@settings(max_examples=40)
+def test_the_split_is_a_partition_that_holds_out_a_tenth(labels):
+    y = torch.tensor(labels)
+    train_rows, held = split(y)
+    assert sorted([*train_rows.tolist(), *held.tolist()]) == list(range(len(y)))
+    assert len(held) == max(1, round(len(y) / 10))
+    again = split(y)
+    assert torch.equal(again[0], train_rows)
+
+
+def test_one_image_cannot_be_split():
+    with pytest.raises(ArenaError, match="at least 2 images"):
+        split(torch.tensor([0]))
+
+
+def test_augmentation_shifts_by_at_most_an_eighth():
+    x = torch.zeros(200, 1, 16, 8)
+    x[:, 0, 8, 4] = 1
+    g = torch.Generator().manual_seed(0)
+    shifted = augment(x, "shift", g)
+    assert shifted.shape == x.shape
+    assert torch.equal(shifted.sum((1, 2, 3)), torch.ones(200))
+    where = shifted.flatten(1).argmax(1)
+    rows, columns = where // 8, where % 8
+    assert set(rows.tolist()) == set(range(6, 11))
+    assert set(columns.tolist()) == {3, 4, 5}
+    assert augment(x, "none", g) is x
+    lone = torch.zeros(200, 1, 8, 8)
+    lone[:, 0, 4, 1] = 1
+    flipped = augment(lone, "crop_flip", g).flatten(1).argmax(1) % 8
+    assert {5, 6, 7} & set(flipped.tolist())
+    assert {0, 1, 2} & set(flipped.tolist())
+
+
+def test_the_rate_is_a_staircase_or_one_cycle():
+    stairs = Preset(10, milestones=(4, 8), decay=0.1)
+    assert [rate(0, e, stairs) for e in (0, 3, 4, 8)] == pytest.approx([1, 1, 0.1, 0.01])
+    cycle = Preset(10)
+    assert rate(0.2, 0, cycle) == pytest.approx(1)
+    assert rate(0.0, 0, cycle) == pytest.approx(0.05)
+    assert rate(1.0, 0, cycle) == pytest.approx(0)
