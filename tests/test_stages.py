@@ -44,10 +44,10 @@ def test_trades_by_hand():
 
 
 def test_mart_by_hand():
-    z, z_adv, y = logits([0.5, 0.5]), logits([0.25, 0.75]), torch.tensor([1])
-    kl = 0.5 * LOG(2) + 0.5 * LOG(2 / 3)
-    expected = -LOG(0.75) - LOG(1.0001 - 0.25) + 5 * kl * (1.0000001 - 0.5)
-    assert mart(z, z_adv, y, 5.0, probability(z, y)).item() == pytest.approx(expected, rel=1e-5)
+    z, z_adv, y = logits([0.2, 0.8]), logits([0.25, 0.75]), torch.tensor([1])
+    kl = 0.2 * LOG(0.2 / 0.25) + 0.8 * LOG(0.8 / 0.75)
+    expected = -LOG(0.75) - LOG(1.0001 - 0.25) + 500 * kl * (1.0000001 - 0.8)
+    assert mart(z, z_adv, y, 500.0, probability(z, y)).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_trades_sends_gradient_into_the_natural_side_too():

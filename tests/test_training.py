@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+import arena.training
 from arena.datasets import to_float
 from arena.errors import ArenaError
 from arena.specs import Preset
@@ -112,6 +113,22 @@ def test_it_learns_and_reports(tiny_images, tmp_path):
     assert [d for d, _ in watch.seen] == list(range(1, 26))
     assert "held out: natural" in watch.seen[-1][1]
     assert same(weights(tmp_path, "last"), model.state_dict())
+
+
+def test_the_best_file_holds_the_epoch_with_the_best_score(tiny_images, tmp_path, monkeypatch):
+    scores = iter([10.0, 50.0, 30.0, 50.0, 40.0, 20.0])
+    monkeypatch.setattr(arena.training, "judge", lambda *a, **k: {"natural": 90.0, "pgd": next(scores)})
+    model = net()
+    states = []
+
+    class Copy(Silent):
+        def advance(self, done: int, note: str = "") -> None:
+            states.append({k: v.clone() for k, v in model.state_dict().items()})
+
+    _, fitted = train(tiny_images, tmp_path, model=model, watch=Copy())
+    assert (fitted.best["epoch"], fitted.best["pgd"]) == (4, 50.0)
+    assert same(weights(tmp_path, "best"), states[3])
+    assert same(weights(tmp_path, "last"), states[5])
 
 
 def test_equal_seeds_equal_weights_other_seeds_others(tiny_images, tmp_path):

@@ -66,6 +66,17 @@ def test_gradient_by_hand():
     assert torch.equal(module.scores.weight.grad, torch.tensor([[-1.0, 2.0], [1.0, 1.0]]))
 
 
+def test_the_heads_own_loss_reaches_features_and_weights():
+    module = mask(bias=False).train()
+    a = A.clone().requires_grad_()
+    scores: list[torch.Tensor] = []
+    module.scores.register_forward_hook(lambda _m, _i, out: scores.append(out))
+    module(a)
+    scores[0][:, 1].sum().backward()
+    assert torch.equal(a.grad, torch.tensor([[[[-3.0, 1.0]]], [[[-3.0, 1.0]]]]))
+    assert torch.equal(module.scores.weight.grad, torch.tensor([[0.0, 0.0], [0.0, 3.0]]))
+
+
 def test_initial_weights_have_the_papers_bound():
     module = ClassMask((512, 4, 4), 10, bias=False)
     bound = 1 / math.sqrt(512 * 4 * 4)
