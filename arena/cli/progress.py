@@ -45,6 +45,8 @@ def watching(quiet: bool) -> Iterator[Watch]:
 def summary(row: dict[str, Any]) -> str:
     """Sum up a judged attack in one line."""
     name = f"{row['roster']} / {row['name']}" if row.get("roster") else row["name"]
+    if not row["attempted"] and row["status"] == "ok":
+        return f"{plain(name)}: nothing is left to attack"
     text = f"{plain(name)}: {row['broken']} of {row['attempted']} broken"
     if row.get("cumulative_accuracy") is not None:
         text += f", {percent(row['cumulative_accuracy'])} % left"
@@ -96,7 +98,8 @@ class Lines:
         self.close()
         self._last = self._now()
         self._phase = Phase(plain(name), total, plain(unit), self._last)
-        self._write(f"{self._phase.name}: {total} {self._phase.unit}")
+        if total:
+            self._write(f"{self._phase.name}: {total} {self._phase.unit}")
 
     def advance(self, done: int, note: str = "") -> None:
         if self._phase is None:
@@ -132,24 +135,31 @@ class Live:
     def phase(self, name: str, total: int, unit: str) -> None:
         from rich import progress as p
         from rich.markup import escape
+        from rich.table import Column
 
         self.close()
         self._phase = Phase(plain(name), total, plain(unit), time.monotonic())
+
+        def fixed() -> Column:
+            return Column(no_wrap=True)
+
+        def cut() -> Column:
+            return Column(no_wrap=True, overflow="ellipsis")
+
         self._bar = p.Progress(
-            p.TextColumn("{task.description}"),
-            p.BarColumn(bar_width=20),
-            p.MofNCompleteColumn(),
-            p.TextColumn("{task.fields[unit]}"),
-            p.TextColumn("{task.fields[note]}", style="dim"),
-            p.TimeElapsedColumn(),
-            p.TextColumn("left", style="dim"),
-            p.TimeRemainingColumn(),
+            p.TextColumn("{task.description}", table_column=cut()),
+            p.BarColumn(bar_width=10, table_column=fixed()),
+            p.MofNCompleteColumn(table_column=fixed()),
+            p.TimeElapsedColumn(table_column=fixed()),
+            p.TextColumn("left", style="dim", table_column=fixed()),
+            p.TimeRemainingColumn(compact=True, table_column=fixed()),
+            p.TextColumn("{task.fields[note]}", style="dim", table_column=cut()),
             console=self._console,
             transient=True,
             speed_estimate_period=60,
         )
         self._bar.start()
-        self._task = self._bar.add_task(escape(plain(name)), total=total, unit=escape(plain(unit)), note="")
+        self._task = self._bar.add_task(escape(plain(name)), total=total, note="")
 
     def advance(self, done: int, note: str = "") -> None:
         from rich.markup import escape

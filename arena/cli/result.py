@@ -45,7 +45,7 @@ def beside(record: Record, store: Store | None) -> list[str]:
     alone = [a["robust_accuracy"] for a in record.get("attacks", ()) if _lam(a) == 0]
     known = [v for v in alone if v is not None]
     if known:
-        found.append(f"λ = 0 (main logits only) {percent(min(known))} %")
+        found.append(f"λ = 0 (main logits) {percent(min(known))} %")
     if found:
         found.append(f"worst case {percent(record['worst_case']['robust_accuracy'])} %")
     other = twin(record, store)
@@ -89,7 +89,7 @@ def _headline(console: Console, record: Record, store: Store | None) -> None:
     console.print(cell(f"verdict {VERDICTS.get(verdict, verdict)}", style=_STYLES.get(verdict, "")))
     lines = beside(record, store)
     if lines:
-        console.print(cell("beside  " + " | ".join(lines)))
+        console.print(cell("beside " + " | ".join(lines)))
 
 
 def _natural(record: Record) -> str:
@@ -116,24 +116,20 @@ def _attacks(console: Console, record: Record, everything: bool) -> None:
     columns += ["violations"] if rules else []
     made = table(*columns)
     folded = {} if everything else {m: s for s in record.get("sweeps") or () for m in s["members"]}
-    drawn: set[str] = set()
-    for attack in rows:
+    hidden = 0
+    for place, attack in enumerate(rows):
         sweep = folded.get(attack["name"])
         if sweep is None or attack["status"] != "ok" or _lam(attack) == 0:
             made.add_row(*_cells(attack, unique, rules))
-        if sweep is not None and sweep["name"] not in drawn:
-            drawn.add(sweep["name"])
+        else:
+            hidden += 1
+        if sweep is not None and not any(a["name"] in sweep["members"] for a in rows[place + 1 :]):
             members = [a for a in rows if a["name"] in sweep["members"]]
             made.add_row(*_cells(_minimum(sweep, members), unique, rules))
     console.print(made)
-    console.print(
-        cell("alone: % of the n points that stand against it alone; left: % still standing in its roster", "dim")
-    )
-    hidden = sum(len(s["members"]) for s in record.get("sweeps") or ()) if folded else 0
+    console.print(cell("alone: % of n standing against it alone; left: % standing in its roster", "dim"))
     if hidden:
-        console.print(
-            cell(f"{hidden} rows of sweeps are folded into their per-example minimum: --all shows them", "dim")
-        )
+        console.print(cell(f"{hidden} rows of sweeps are only in the per-example minimum: --all shows them", "dim"))
 
 
 def _minimum(sweep: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

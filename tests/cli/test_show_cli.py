@@ -19,7 +19,7 @@ def test_the_screen(arena, plant, record):
     assert "fgaa_sat · digits · cnn · Linf eps 0.2 · n 400 · seed 0" in text
     assert "worst case 34.5 % (95 %: 30.0 to 39.3) natural 97.5 %" in text
     assert "verdict not audited" in text
-    assert "λ = 0 (main logits only) 91.2 % | worst case 34.5 % | sat (no module) not played here" in text
+    assert "λ = 0 (main logits) 91.2 % | worst case 34.5 % | sat (no module) not played here" in text
     assert "apgd_t ok 390 20 - 67.5 39k 38.6k 12 s" in text
     assert "autoattack 67.5 (62.7 to 71.9) 2 yes 78k 77.2k 25 s" in text
     assert "note: no point of class 7" in text
