@@ -148,8 +148,37 @@ _SQUARE = AttackSpec(
     },
 )
 
+_FOREIGN = (
+    AttackSpec(
+        "foolbox",
+        "any attack class of foolbox, foolbox:LinfPGD(steps=40); options go to the class",
+        ("Linf", "L2", "L1", "L0"),
+        run="arena_attacks.foreign:foolbox",
+        paper="Rauber et al. 2017, arXiv 1707.04131",
+        options={"cls": Option("", "name of a class in foolbox.attacks; other options go to it as they are")},
+    ),
+    AttackSpec(
+        "art",
+        "any evasion class of the Adversarial Robustness Toolbox, art:SquareAttack; options go to the class",
+        ("Linf", "L2", "L1", "L0"),
+        run="arena_attacks.foreign:art",
+        paper="Nicolae et al. 2018, arXiv 1807.01069",
+        options={"cls": Option("", "name of a class in art.attacks.evasion; other options go to it as they are")},
+    ),
+)
+
+_ROSTERS = (
+    RosterSpec("autoattack", "the standard AutoAttack ensemble", "arena_attacks.rosters:autoattack"),
+    RosterSpec(
+        "adaptive",
+        "attacks made for the defense's surface: lambda sweep, heads as classifiers, restarts, other losses",
+        "arena_attacks.rosters:adaptive",
+        from_surface=True,
+    ),
+)
+
 
 @hookimpl
 def arena_register_attacks() -> list[AttackSpec | RosterSpec]:
     """Return the built-in attacks and rosters."""
-    return [*_PGD, *_APGD, _FAB, _SQUARE]
+    return [*_PGD, *_APGD, _FAB, _SQUARE, *_FOREIGN, *_ROSTERS]

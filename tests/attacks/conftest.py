@@ -25,9 +25,9 @@ class Curved(nn.Module):
     def __init__(self, shape: tuple[int, int, int], classes: int, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.conv = nn.Conv2d(shape[0], 6, 3, padding=1)
-        self.early = nn.Linear(6, classes)
-        self.last = nn.Linear(6 * shape[1] * shape[2], classes)
+        self.conv = nn.Conv2d(shape[0], 8, 3, padding=1)
+        self.early = nn.Linear(8, classes)
+        self.last = nn.Linear(8 * shape[1] * shape[2], classes)
         for p in self.parameters():
             with torch.no_grad():
                 p.copy_(torch.randn(p.shape, generator=generator) / max(p[0].numel(), 1) ** 0.5)

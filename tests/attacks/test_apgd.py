@@ -63,7 +63,7 @@ def plainly(fight, row, steps=100, rho=0.75):
                 size, here, grad = size / 2, best, best_grad
         if k + 1 in marks:
             sizes.append(size)
-    return peaks[-1], size
+    return peaks, sizes
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -71,7 +71,10 @@ def test_equals_the_algorithm_written_row_by_row(fight, models, norm):
     eps = {"Linf": "0.004", "L2": "0.02"}[norm]
     f = fight("apgd_ce", models.curved((1, 6, 5), 4), shape=(1, 6, 5), norm=norm, eps=eps, n=6)
     state = {**f.attack.start(f.index, f.x, f.y, f.target.clean(f.x)), "x": f.x, "y": f.y, "index": f.index}
+    sizes = []
     for _ in range(101):
+        if int(state["step"][0]) - 1 in (22, 41):
+            sizes.append(state["size"])
         owned = {k: state[k] for k in ("x", "y", "index")}
         state = {**f.attack.tell(state, f.target.answer(f.attack.ask(state), f.y)), **owned}
         assert not state["done"].all() or int(state["step"][0]) == 101
@@ -79,9 +82,10 @@ def test_equals_the_algorithm_written_row_by_row(fight, models, norm):
     for row in range(6):
         if f.target.logits(state["best"])[row].argmax() != f.y[row]:
             continue
-        value, size = plainly(f, row)
-        assert state["top"][row].item() == pytest.approx(value, rel=1e-4)
-        assert state["size"][row].item() == pytest.approx(size)
+        peaks, expected = plainly(f, row)
+        assert state["top"][row].item() == pytest.approx(peaks[-1], rel=1e-5)
+        # later on the loss is flat up to rounding, and whether it rises is an accident of the last bits
+        assert [s[row].item() for s in sizes] == pytest.approx(expected[1:3])
         compared += 1
     assert compared >= 3
 
