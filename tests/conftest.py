@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 # Several workers on few cores: one thread each, in subprocesses too. Set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
