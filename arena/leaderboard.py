@@ -64,6 +64,8 @@ class Standings:
     rows: tuple[Row, ...]
     """Ranked, best first."""
     unranked: tuple[Row, ...]
+    results: int
+    """Models at this key, those included that a filter hides."""
 
 
 def standings(
@@ -114,11 +116,12 @@ def _table(store: Store, records: list[dict[str, Any]], defense: str | None, wan
     unranked = [_row(r, None) for r in ordered if why_unranked(r)]
     last = records[-1]["asked"]
     data, indices, norm, _, n = _key(records[-1])
-    shown = [
-        tuple(r for r in part if _asked_for(r.defense, defense) and (wanted is None or r.result in wanted))
-        for part in (rows, unranked)
-    ]
-    return Standings(last["dataset"], data, indices, norm, last["threat"]["eps"], n, *shown)
+
+    def shown(part: list[Row]) -> tuple[Row, ...]:
+        return tuple(r for r in part if _asked_for(r.defense, defense) and (wanted is None or r.result in wanted))
+
+    eps = last["threat"]["eps"]
+    return Standings(last["dataset"], data, indices, norm, eps, n, shown(rows), shown(unranked), len(ordered))
 
 
 def _weight(record: Mapping[str, Any], wanted: set[str] | None) -> tuple[bool, bool]:

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-#: Width where nothing tells the terminal's.
-WIDTH = 80
+#: From this width on, tables have room.
+WIDE = 100
 
 
 def out() -> Console:
@@ -40,15 +40,15 @@ def cell(value: Any, style: str = "") -> Text:
     return Text(plain(value), style=style)
 
 
-def table(*columns: str) -> Table:
-    """Return an empty table that is legible without a terminal, too.
+def table(*columns: str, tight: bool = False) -> Table:
+    """Return an empty table that is legible without a terminal, too; ``tight`` has one space between columns.
 
     A column's name may begin with ``>`` (right-justified, never broken) or ``=`` (never broken).
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    made = Table(box=SIMPLE_HEAD, padding=(0, 0 if tight else 1, 0, 0), show_edge=False, pad_edge=False)
     for name in columns:
         bare = name.lstrip(">=")
         right = name.startswith(">")

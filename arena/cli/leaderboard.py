@@ -65,10 +65,10 @@ def command(
 
 def draw(console: Console, tables: Sequence[Standings]) -> None:
     """Print the tables; a narrow screen shows the backbone only where it differs, and shorter heads."""
-    from arena.cli.console import cell, count, table
+    from arena.cli.console import WIDE, cell, count, table
     from arena.leaderboard import label, percent, span, title, worst
 
-    wide = console.width >= 100
+    wide = console.width >= WIDE
     for number, t in enumerate(tables):
         if number:
             console.print()
@@ -78,7 +78,7 @@ def draw(console: Console, tables: Sequence[Standings]) -> None:
         if t.rows:
             heads = ("natural", "autoattack", "adaptive") if wide else ("nat.", "auto", "adapt")
             columns = ["=rank", "defense", *(["backbone"] if several else []), f">{heads[0]}", ">worst (95 %)"]
-            made = table(*columns, f">{heads[1]}", f">{heads[2]}", "verdict", ">passes", "=date")
+            made = table(*columns, f">{heads[1]}", f">{heads[2]}", "verdict", ">passes", "=date", tight=not wide)
             for r in t.rows:
                 cells: list[str | Text] = [span(r.rank), cell(label(r)), *([cell(r.backbone)] if several else [])]
                 cells += [
@@ -90,6 +90,8 @@ def draw(console: Console, tables: Sequence[Standings]) -> None:
                 ]
                 made.add_row(*cells, count(r.passes), r.date)
             console.print(made)
+        if t.results > len(everyone):
+            console.print(cell(f"ranks are among all {t.results} results with this data, threat model and n"))
         if t.unranked:
             console.print(cell("not ranked:"))
             for r in t.unranked:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arena.cli.console import cell, clock, count, interval, percent, plain, table
+from arena.cli.console import WIDE, cell, clock, count, interval, percent, plain, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,7 +114,7 @@ def _attacks(console: Console, record: Record, everything: bool) -> None:
     columns += [">only"] if unique else []
     columns += [">forw.", ">backw.", ">time"]
     columns += ["violations"] if rules else []
-    made = table(*columns)
+    made = table(*columns, tight=console.width < WIDE)
     folded = {} if everything else {m: s for s in record.get("sweeps") or () for m in s["members"]}
     hidden = 0
     for place, attack in enumerate(rows):

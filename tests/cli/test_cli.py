@@ -127,15 +127,16 @@ def test_leaderboard_table(arena, plant, record):
     text = arena("leaderboard").out
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
-    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip() != "audited"]  # wrapped
+    lines = [" ".join(line.split()) for line in text.splitlines()]
     assert lines[0] == "digits · Linf eps 0.2 · n 400 · cnn"
     assert lines[1] == "rank defense nat. worst (95 %) auto adapt verdict passes date"
-    assert lines[3] == "1 sat 97.5 61.2 (56.4-65.9) 67.5 35.0 not 466k 2026-11-20"
-    assert lines[4] == "2 fgaa_sat 97.5 34.5 (30.0-39.3) 67.5 35.0 not 466k 2026-11-20"
+    assert lines[3] == "1 sat 97.5 61.2 (56.4-65.9) 67.5 35.0 not audited 466k 2026-11-20"
+    assert lines[4] == "2 fgaa_sat 97.5 34.5 (30.0-39.3) 67.5 35.0 not audited 466k 2026-11-20"
     rest = " ".join(lines[5:])
     assert (
         rest == "not ranked: [red]x (eeeeee): worst case 61.2 (56.4-65.9); autoattack not played; adaptive not played"
     )
+    assert "ranks are among all 3 results" in arena("leaderboard", "--defense", "sat").out
     shown = arena("leaderboard", "--defense", "fgaa_sat", "--format", "csv").out
     assert [r["rank_best"] for r in csv.DictReader(io.StringIO(shown))] == ["2"]
 
