@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arena.attack import IteratedAttack, State
+from arena.attack import IteratedAttack, State, Unsupported
 from arena.errors import ArenaError, PluginError
 from arena.rng import Stream
 from arena.target import Target
@@ -53,9 +53,7 @@ class Outcome:
     def empty(cls, x: Tensor) -> Outcome:
         """Make an outcome in which nothing has happened yet."""
         zeros = torch.zeros(len(x), dtype=torch.int64)
-        return cls(
-            x.clone(), zeros.bool(), zeros.clone(), zeros.clone(), torch.full((len(x),), -1, dtype=torch.int8)
-        )
+        return cls(x.clone(), zeros.bool(), zeros.clone(), zeros.clone(), torch.full((len(x),), -1, dtype=torch.int8))
 
 
 class Keeper(Protocol):
@@ -173,6 +171,8 @@ def run_iterated(
     except KeyboardInterrupt:
         keeper.snapshot(state, outcome.moved)
         raise
+    except Unsupported:
+        raise
     except ArenaError as e:
         outcome.error = str(e)
     except Exception as e:  # the attack's code or the defense's: contained and named
@@ -207,7 +207,10 @@ def _finish(state: State, leaving: Tensor) -> dict[int, Row]:
         )
     claims = state["claim"][rows].to(torch.int8).tolist() if "claim" in state else [-1] * len(rows)
     numbers = zip(
-        state["index"][rows].tolist(), state[FORWARDS][rows].tolist(), state[BACKWARDS][rows].tolist(), claims,
+        state["index"][rows].tolist(),
+        state[FORWARDS][rows].tolist(),
+        state[BACKWARDS][rows].tolist(),
+        claims,
         strict=True,
     )
     return {i: (best[k], f, b, c) for k, (i, f, b, c) in enumerate(numbers)}
@@ -235,8 +238,9 @@ def run_plain(
 ) -> Outcome:
     """Call a plain attack ``function(target, x, y, threat, budget, rng, **options)`` a chunk of rows at a time.
 
-    It may return ``x_adv`` or ``(x_adv, claims)``. Global random generators are seeded for each chunk and restored, since
-    wrapped libraries draw from them. Rows of a chunk share its passes: costs are exact in total, spread evenly by row.
+    It may return ``x_adv`` or ``(x_adv, claims)``. Global random generators are seeded for each chunk and restored,
+    since wrapped libraries draw from them. Rows of a chunk share its passes: costs are exact in total, spread evenly by
+    row.
     """
     keeper = keeper or Forgetful()
     outcome = Outcome.empty(x)
@@ -255,6 +259,8 @@ def run_plain(
         try:
             with _seeded(stream, int(index[rows[0]])):
                 made = function(target, clean.clone(), y[rows].clone(), threat, None, stream, **options)
+        except Unsupported:
+            raise
         except ArenaError as e:
             outcome.error = str(e)
             break

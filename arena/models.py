@@ -193,7 +193,7 @@ class TrainedPlan:
             },
             "precision": PRECISION,
             "device": device,
-            "threads": torch.get_num_threads(),
+            "threads": fitted.threads,
             "torch": torch.__version__,
             "seconds": round(fitted.seconds, 2),
         }

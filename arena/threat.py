@@ -133,7 +133,7 @@ class Threat:
         if self.norm == "Linf":
             return delta.clamp(-r, r)
         if self.norm == "L2":
-            norm = flat.square().sum(1, keepdim=True).sqrt()
+            norm = flat.norm(dim=1, keepdim=True)  # bit-equal for one row and for many, which a sum of squares is not
             return (flat * (r / norm.clamp_min(1e-20)).clamp_max(1.0)).view_as(delta)
         if self.norm == "L1":
             return _l1_ball(flat, r).view_as(delta)

@@ -81,6 +81,27 @@ def test_a_model_that_is_no_classifier_is_refused_in_one_line(out, message):
     assert "\n" not in str(caught.value)
 
 
+def test_last_bits_that_depend_on_the_place_in_the_batch_are_said_but_no_flag():
+    """On CPUs where the linear algebra library works so; elsewhere the finding is simply empty."""
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Linear(64, 7)
+            self.last = nn.Linear(7, 10)
+
+        def forward(self, x):
+            return self.last(torch.tanh(self.mix(x.flatten(1))))
+
+    found = {i.name: i for i in check_defense(Odd, Surface(), X, Y, 10)}["depends_on_place"]
+    x = torch.cat((X, X))[:64]
+    with torch.no_grad():
+        model = Odd()
+        seen = model(x.flip(0)).flip(0).eq(model(x)).all()
+    assert not found.flag
+    assert bool(found.evidence) or bool(seen)
+
+
 def test_a_surface_that_does_not_fit_is_refused():
     with pytest.raises(ArenaError, match="no module 'linaer'; did you mean 'linear'"):
         check_defense(arena_cheats.honest, Surface(heads={"a": Head("linaer")}), X, Y, 10)
@@ -92,5 +113,5 @@ def test_a_head_that_never_fires_is_refused():
             super().__init__()
             self.idle = nn.Linear(64, 10)
 
-    with pytest.raises(ArenaError, match="head 'a' at 'idle' .* never fired"):
+    with pytest.raises(ArenaError, match=r"head 'a' at 'idle' .* never fired"):
         check_defense(Idle, Surface(heads={"a": Head("idle")}), X, Y, 10)

@@ -140,6 +140,20 @@ def test_equal_seeds_equal_weights_other_seeds_others(tiny_images, tmp_path):
     assert not same(a.state_dict(), c.state_dict())
 
 
+def test_the_number_of_threads_neither_matters_nor_changes(tiny_images, tmp_path):
+    before = torch.get_num_threads()
+    made = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            made.append(train(tiny_images, tmp_path / str(threads)))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert same(made[0][0].state_dict(), made[1][0].state_dict())
+    assert [fitted.threads for _, fitted in made] == [1, 1]
+
+
 def test_the_global_generator_is_left_alone(tiny_images, tmp_path):
     torch.manual_seed(7)
     expected = torch.rand(3)
