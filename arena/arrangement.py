@@ -19,6 +19,7 @@ from arena.question import Question, Running
 from arena.results import (
     SCHEMA,
 )
+from arena.specs import DatasetSpec
 from arena.threat import Threat
 
 #: Points of a match unless the user says otherwise; data sets with fewer use all.
@@ -55,11 +56,11 @@ def arrange(question: Question, running: Running, registry: Registry) -> Arrange
         raise ArenaError(f"protocol '{question.protocol}': not yet; expected standard")
     entries = check_entries(question.vs, registry)
     spec = describe(question.dataset, registry)
-    threat = Threat.parse(question.norm or spec.norm, spec.eps if question.eps is None else question.eps)
-    if question.norm and question.eps is None and threat.norm != spec.norm:
-        raise ArenaError(f"--norm {threat.norm}: give --eps too; the data set's default {spec.eps} is for {spec.norm}")
+    threat = threat_model(spec, question.norm, question.eps)
     images = open_images(question.dataset, registry)
     threat.check_shape(images.shape)
+    # What a recipe trains against belongs to the model: matches at several eps attack one and the same.
+    trained_against = threat_model(spec, question.train_norm, question.train_eps)
     size = len(images.y_test)
     index = images.subset(min(DEFAULT_N, size) if question.n is None else question.n)
     planned = plan(
@@ -68,7 +69,7 @@ def arrange(question: Question, running: Running, registry: Registry) -> Arrange
         images=images,
         backbone=question.backbone,
         train_seed=question.train_seed,
-        threat=threat,
+        threat=trained_against,
         checkpoint=question.checkpoint,
         surface=question.surface,
         registry=registry,
@@ -93,6 +94,18 @@ def arrange(question: Question, running: Running, registry: Registry) -> Arrange
         }
     )
     return Arrangement(question, entries, images, threat, index, planned, key, notes)
+
+
+def threat_model(spec: DatasetSpec, norm: str | None, eps: str | None) -> Threat:
+    """Return a threat model whose missing parts are the data set's defaults.
+
+    Raises:
+        ArenaError: as ``Threat.parse``; or another norm without a radius.
+    """
+    threat = Threat.parse(norm or spec.norm, spec.eps if eps is None else eps)
+    if eps is None and threat.norm != spec.norm:
+        raise ArenaError(f"norm {threat.norm}: give eps too; the data set's default {spec.eps} is for {spec.norm}")
+    return threat
 
 
 def _digest(fields: dict[str, Any]) -> str:

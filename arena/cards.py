@@ -66,6 +66,8 @@ class _Match(_Table):
     n: Annotated[int, Field(ge=1)] | None = None
     seed: int | None = None
     train_seed: int | None = None
+    train_norm: Text | None = None
+    train_eps: Radius | None = None
     checkpoint: Text | None = None
     surface: Text | None = None
 
@@ -214,8 +216,7 @@ def _expand(path: Path, card: _Card, overrides: dict[str, Any]) -> Card:
     questions = []
     for values in itertools.product(*axes.values()):
         made = {**base, **dict(zip(axes, values, strict=True)), "card": path.name}
-        if "eps" in made:
-            made["eps"] = str(made["eps"])
+        made |= {k: str(made[k]) for k in ("eps", "train_eps") if k in made}
         questions.append(Question(**made))
     return Card(tuple(dict.fromkeys(questions)), replace(running, **how))
 

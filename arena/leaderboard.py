@@ -32,6 +32,8 @@ class Row:
     defense: str
     backbone: str
     train_seed: int
+    trained_against: str
+    """Threat model of the training where it was not the data set's default, else empty."""
     natural: float
     worst_case: float | None
     """Per-example worst case over all attacks of the result; None: nothing was played."""
@@ -165,6 +167,7 @@ def _row(record: Mapping[str, Any], rank: tuple[int, int] | None) -> Row:
         defense=record["defense"],
         backbone=str(asked.get("backbone") or ""),
         train_seed=int(asked.get("train_seed") or 0),
+        trained_against=" ".join(str(asked[k]) for k in ("train_norm", "train_eps") if asked.get(k)),
         natural=record["natural"]["accuracy"],
         worst_case=worst["robust_accuracy"],
         ci95=None if worst["ci95"] is None else (worst["ci95"][0], worst["ci95"][1]),
@@ -199,8 +202,10 @@ def worst(row: Row) -> str:
 
 
 def label(row: Row) -> str:
-    """Name a row: the defense, and the training seed where it is not 0."""
-    return f"{row.defense} (train seed {row.train_seed})" if row.train_seed else row.defense
+    """Name a row: the defense, and the training's seed and threat model where they are not the defaults."""
+    more = [f"train seed {row.train_seed}"] if row.train_seed else []
+    more += [f"train eps {row.trained_against}"] if row.trained_against else []
+    return f"{row.defense} ({', '.join(more)})" if more else row.defense
 
 
 def title(table: Standings) -> str:

@@ -243,6 +243,8 @@ class Playing:
                 "n": len(arranged.index),
                 "seed": question.seed,
                 "train_seed": question.train_seed,
+                "train_norm": question.train_norm,
+                "train_eps": question.train_eps,
                 "indices_sha256": hashlib.sha256(arranged.index.numpy().astype("<i8").tobytes()).hexdigest(),
                 "data_sha256": arranged.images.sha256,
                 "subset_rule": arranged.images.subset_rule,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, Generic, TypeVar
@@ -209,8 +209,14 @@ class Registry:
         return lines
 
 
-def discover(wanted: Callable[[str], bool] = lambda distribution: True) -> Registry:
+#: Entry point of the built-in attacks, which a verification leaves out.
+BUILT_IN_ATTACKS = "arena-builtin-attacks"
+
+
+def discover(wanted: Callable[[str], bool] = lambda distribution: True, leave_out: Collection[str] = ()) -> Registry:
     """Load every installed plugin of distributions that ``wanted`` accepts and return the registry.
+
+    Entry points named in ``leave_out`` are not loaded.
 
     ``ARENA_PLUGINS_OFF=1`` leaves third-party plugins out.
     """
@@ -224,8 +230,10 @@ def discover(wanted: Callable[[str], bool] = lambda distribution: True) -> Regis
     seen: dict[tuple[str, str], str] = {}
     for dist, ep in points:
         plugin = Plugin(dist.name, dist.version, ep.name, ep.value)
-        if (dist.name, ep.name) in seen or not wanted(dist.name) or (built_in_only and dist.name != BUILT_IN):
-            continue  # the same distribution seen twice on the path
+        if (dist.name, ep.name) in seen:
+            continue  # the same distribution twice on the path
+        if not wanted(dist.name) or ep.name in leave_out or (built_in_only and dist.name != BUILT_IN):
+            continue
         seen[dist.name, ep.name] = ep.value
         if manager.has_plugin(ep.name):
             owner = next(p for p in registry.plugins if p.module is manager.get_plugin(ep.name))

@@ -21,6 +21,10 @@ class Question:
     """Feeds attack randomness only."""
     train_seed: int = 0
     """Part of the model's identity."""
+    train_norm: str | None = None
+    """Norm that adversarial recipes train against; None: the data set's default, whatever the match's norm is."""
+    train_eps: str | None = None
+    """Radius that adversarial recipes train against; None: the data set's default, whatever the match's eps is."""
     checkpoint: Path | None = None
     surface: Path | None = None
     protocol: str = "standard"

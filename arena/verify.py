@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arena.arrangement import threat_model
 from arena.datasets import Images, describe, open_images, to_float
 from arena.errors import ArenaError
 from arena.home import home
@@ -40,6 +41,7 @@ class Claim:
     dataset: str
     backbone: str | None
     threat: Threat
+    trained_against: Threat
     train_seed: int
     file: Path
     record: dict[str, Any] | None = None
@@ -86,6 +88,8 @@ def verify(
     norm: str | None = None,
     eps: str | None = None,
     train_seed: int | None = None,
+    train_norm: str | None = None,
+    train_eps: str | None = None,
     surface: Path | None = None,
     device: str = "cpu",
 ) -> Verification:
@@ -97,14 +101,15 @@ def verify(
         watch: told of progress.
         against: the defense; needed for npz files and for results about a user's own model.
         checkpoint: weights, if not those of the cache.
-        dataset, backbone, norm, eps, train_seed: for npz files; the data set's defaults if not given.
+        dataset, backbone, norm, eps, train_seed, train_norm, train_eps: for npz files; the data set's defaults if not
+            given.
         surface: TOML surface of a user's own model.
         device: where to score.
 
     Raises:
         ArenaError: no such result or file, corrupt examples, a model that is not the one the result is about.
     """
-    claim = _claim(what, registry, against, dataset, backbone, norm, eps, train_seed)
+    claim = _claim(what, registry, against, dataset, backbone, norm, eps, train_seed, train_norm, train_eps)
     images = open_images(claim.dataset, registry)
     planned = plan(
         claim.defense,
@@ -112,7 +117,7 @@ def verify(
         images=images,
         backbone=claim.backbone,
         train_seed=claim.train_seed,
-        threat=claim.threat,
+        threat=claim.trained_against,
         checkpoint=checkpoint,
         surface=surface,
         registry=registry,
@@ -132,6 +137,8 @@ def _claim(
     norm: str | None,
     eps: str | None,
     train_seed: int | None,
+    train_norm: str | None,
+    train_eps: str | None,
 ) -> Claim:
     path = Path(what).expanduser()
     if path.suffix == ".npz":
@@ -139,8 +146,8 @@ def _claim(
             raise ArenaError(f"{path}: say which defense the examples break: --against DEFENSE")
         name = dataset or "digits"
         spec = describe(name, registry)
-        threat = Threat.parse(norm or spec.norm, eps or spec.eps)
-        return Claim(against, name, backbone, threat, train_seed or 0, path)
+        trained_against = threat_model(spec, train_norm, train_eps)
+        return Claim(against, name, backbone, threat_model(spec, norm, eps), trained_against, train_seed or 0, path)
     if path.suffix == ".json":
         try:
             record = json.loads(path.read_text())
@@ -165,6 +172,7 @@ def _claim(
             dataset or asked["dataset"],
             backbone or asked["backbone"],
             Threat.parse(threat["norm"], threat["eps"]),
+            threat_model(describe(dataset or asked["dataset"], registry), asked["train_norm"], asked["train_eps"]),
             asked["train_seed"],
             beside if path.suffix == ".json" and beside.exists() else home() / "examples" / file.name,
             record,

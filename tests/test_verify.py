@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from arena.arrangement import arrange
 from arena.errors import ArenaError
 from arena.match import play
 from arena.plugins import discover
@@ -17,7 +20,7 @@ from arena.verify import read_examples, verify
 from arena.watch import Silent
 
 sys.path.insert(0, str(Path(__file__).parent / "packages" / "cheats"))
-import arena_cheats  # noqa: F401 - the models' module must be importable
+import arena_cheats
 
 MODEL = "arena_cheats:honest"
 
@@ -134,3 +137,32 @@ def test_missing_files_and_results_get_one_line(registry, arena_home, tmp_path):
     for what in (tmp_path / "no.npz", tmp_path / "no.json", "abc"):
         with pytest.raises(ArenaError):
             again(registry, what)
+
+
+def test_a_fresh_process_loads_no_attack(record):
+    """The command line's own way: only what rebuilds the model is loaded."""
+    code = (
+        "import sys; from arena.cli import run; "
+        f"code = run(['verify', {record['id']!r}, '--against', {MODEL!r}, '--quiet']); "
+        "assert not [m for m in sys.modules if m.startswith(('arena_attacks', 'foolbox', 'art.'))]; sys.exit(code)"
+    )
+    path = str(Path(arena_cheats.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "confirmed" in done.stdout
+
+
+def test_matches_at_other_radii_attack_the_same_model(registry, arena_home):
+    """What a recipe trains against belongs to the model; eps and norm of the match do not change it."""
+    asked = [Question("sat", ("pgd",), n=8, eps=eps, norm=norm) for norm, eps in ((None, "0.1"), ("L2", "0.5"))]
+    models = {arrange(q, Running(), registry).plan.key for q in (Question("sat", ("pgd",), n=8), *asked)}
+    assert len(models) == 1
+    other = arrange(Question("sat", ("pgd",), n=8, train_eps="0.1"), Running(), registry)
+    assert other.plan.key not in models
+    assert "--eps 0.1" in other.plan.command

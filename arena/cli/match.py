@@ -24,7 +24,7 @@ VS = "autoattack,adaptive"
 @options.question
 @click.option("-n", type=int, metavar="N", help="Points; a smaller n is inside a larger one.  [default: 500]")
 @click.option("--seed", type=int, metavar="SEED", help="Seed of the attacks' random numbers.  [default: 0]")
-@options.train_seed
+@options.training
 @options.device
 @click.option("--batch-size", default="auto", metavar="N", help="Rows a pass; changes no outcome.  [default: auto]")
 @click.option(

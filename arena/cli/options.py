@@ -33,6 +33,25 @@ def question(command: Callable[..., Any]) -> Callable[..., Any]:
 train_seed = click.option(
     "--train-seed", type=int, metavar="SEED", help="Seed of the training; part of the model's identity.  [default: 0]"
 )
+
+
+def training(command: Any) -> Any:
+    """Add what makes the model another one: seed and threat model of its training."""
+    for option in reversed(
+        (
+            train_seed,
+            click.option("--train-norm", metavar="NORM", help="Norm trained against.  [default: the data set's]"),
+            click.option(
+                "--train-eps",
+                metavar="EPS",
+                help="Radius trained against, whatever --eps is.  [default: the data set's]",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 retrain = click.option("--retrain", is_flag=True, help="Train again although weights are kept.")
 quiet = click.option("--quiet", "-q", is_flag=True, help="No progress.")
 checkpoint = click.option(

@@ -27,7 +27,8 @@ def command(
 ) -> int:
     """Train a defense and keep its weights.
 
-    Recipes with an inner attack train against the threat model; it is part of the model's identity. A model that is
+    Recipes with an inner attack train against the threat model; it is part of the model's identity, and a match finds
+    such a model by --train-norm and --train-eps. A model that is
     kept already is reported, not trained again; a training that was stopped goes on.
 
     \b
@@ -35,20 +36,18 @@ def command(
       arena train fgaa_sat
       arena train 'ewas_sat(lam=0.05)' --train-seed 1
     """
+    from arena.arrangement import threat_model
     from arena.cli.console import cell, clock, out, percent
     from arena.cli.progress import watching
     from arena.datasets import describe, open_images
     from arena.errors import ArenaError
     from arena.models import plan
     from arena.plugins import registry
-    from arena.threat import Threat
 
     found = registry()
     name = dataset or "digits"
     spec = describe(name, found)
-    threat = Threat.parse(norm or spec.norm, spec.eps if eps is None else eps)
-    if eps is None and threat.norm != spec.norm:
-        raise ArenaError(f"--norm {threat.norm}: give --eps too; the data set's default {spec.eps} is for {spec.norm}")
+    threat = threat_model(spec, norm, eps)
     images = open_images(name, found)
     threat.check_shape(images.shape)
     planned = plan(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @options.checkpoint
 @options.surface
 @options.question
-@options.train_seed
+@options.training
 @options.device
 @click.option("--plugin", "plugins", multiple=True, metavar="PACKAGE", help="Load this package, too; may be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
@@ -35,6 +35,8 @@ def command(
     norm: str | None,
     eps: str | None,
     train_seed: int | None,
+    train_norm: str | None,
+    train_eps: str | None,
     device: str,
     plugins: tuple[str, ...],
     as_json: bool,
@@ -70,6 +72,8 @@ def command(
             norm=norm,
             eps=eps,
             train_seed=train_seed,
+            train_norm=train_norm,
+            train_eps=train_eps,
             surface=surface,
             device=options.resolve(device),
         )
@@ -94,7 +98,9 @@ def command(
 
 
 def trusted(what: str, against: str | None, plugins: tuple[str, ...]) -> Registry:
-    """Load built-in plugins, those named, and the package of the defense: of the result's record, or ``package/name``.
+    """Load the built-in plugins except the attacks, those named, and the defense's package.
+
+    That is the package of the result's record, or of ``package/name``.
 
     Raises:
         ArenaError: unknown result, unreadable file, or a package that is not installed.
@@ -103,7 +109,7 @@ def trusted(what: str, against: str | None, plugins: tuple[str, ...]) -> Registr
 
     from arena.cli.show import read
     from arena.errors import unknown
-    from arena.plugins import BUILT_IN, GROUP, discover
+    from arena.plugins import BUILT_IN, BUILT_IN_ATTACKS, GROUP, discover
     from arena.store import open_store
 
     wanted = {BUILT_IN, *plugins}
@@ -120,4 +126,4 @@ def trusted(what: str, against: str | None, plugins: tuple[str, ...]) -> Registr
     for name in plugins:
         if name not in offered:
             raise unknown("package with plugins", name, offered)
-    return discover(lambda distribution: distribution in wanted)
+    return discover(lambda distribution: distribution in wanted, leave_out={BUILT_IN_ATTACKS})

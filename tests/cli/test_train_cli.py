@@ -38,7 +38,7 @@ def test_training_is_reported_and_kept(arena, monkeypatch):
         ("rrt", "unknown defense 'rrt'; did you mean 'rt'?"),
         ("rt(x=1)", "defense 'rt': unknown option 'x'"),
         ("rt --dataset digit", "unknown dataset 'digit'; did you mean 'digits'?"),
-        ("sat --norm L2", "--norm L2: give --eps too; the data set's default 0.2 is for Linf"),
+        ("sat --norm L2", "norm L2: give eps too; the data set's default 0.2 is for Linf"),
         ("rt --device gpu", "--device 'gpu': expected auto"),
         ("none.py:make", "'none.py:make': no such file 'none.py'"),
     ],
