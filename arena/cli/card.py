@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from arena.cli.match import answer, judge, write
+from arena.cli.answer import answer, judge, write
 from arena.cli.options import chosen
 
 
