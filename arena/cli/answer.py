@@ -1,0 +1,56 @@
+"""What a single match and a card share: playing a question, writing its record, judging it against a threshold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from arena.cli import options
+
+if TYPE_CHECKING:
+    from arena.plugins import Registry
+    from arena.question import Question, Running
+
+
+def answer(question: Question, running: Running, registry: Registry, quiet: bool) -> tuple[dict[str, Any], bool]:
+    """Play one question, drawing progress; return the record and whether it was stored already."""
+    from dataclasses import replace
+
+    from arena.cli.progress import watching
+    from arena.match import play
+
+    running = replace(running, device=options.resolve(running.device))
+    with watching(quiet) as watch:
+        answered = play(question, running, registry, watch)
+    return answered.record, answered.stored
+
+
+def write(where: str, record: Any) -> None:
+    """Write JSON to a file, whole or not at all, or to stdout for ``-``."""
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    if where == "-":
+        click.echo(text)
+        return
+    from arena.home import atomic_write
+
+    atomic_write(Path(where).expanduser(), (text + "\n").encode())
+
+
+def judge(record: dict[str, Any], fail_under: float | None, fail_on: str) -> int:
+    """Return 1, and say why on stderr, if a threshold failed or the verdict is void."""
+    name, worst = record["defense"], record["worst_case"]
+    if (record.get("audit") or {}).get("verdict") == "void":
+        click.echo(f"arena: {name}: the verdict is void", err=True)
+        return 1
+    if fail_under is None:
+        return 0
+    value = worst["robust_accuracy"] if fail_on == "point" else (worst["ci95"] or [None])[0]
+    what = "worst case" if fail_on == "point" else "lower end of the worst case"
+    if value is None or value < fail_under:
+        shown = "missing" if value is None else f"{value:.2f} %"
+        click.echo(f"arena: {name}: {what} {shown} is under --fail-under {fail_under:g}", err=True)
+        return 1
+    return 0
