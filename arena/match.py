@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,11 @@ from arena.playing import Playing
 from arena.plugins import Registry
 from arena.question import Question, Running
 from arena.store import open_store
+from arena.threads import one_thread
 from arena.watch import Watch
+
+#: Models and images up to which a match on the CPU runs on one thread: parameters, numbers an image.
+SMALL_MODEL, SMALL_IMAGE = 1_000_000, 256
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,11 @@ def play(question: Question, running: Running, registry: Registry, watch: Watch)
         if again:
             journal.mark("replay")
         match = Playing(arranged, replace(running, device=device), registry, contender, journal, watch)
-        record, outcomes = match.run()
+        small = (
+            device == "cpu" and contender.parameters <= SMALL_MODEL and math.prod(arranged.images.shape) <= SMALL_IMAGE
+        )
+        with one_thread(small):  # changes no outcome
+            record, outcomes = match.run()
         store.put(arranged.key, record, outcomes)
         journal.clear()
     registry.announce("arena_match_finished", record=copy.deepcopy(record))

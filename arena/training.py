@@ -30,6 +30,7 @@ from arena.selection import training_step
 from arena.specs import Preset
 from arena.stages import Context, Stage, Usual
 from arena.surface import Reader, Reading, Surface
+from arena.threads import one_thread
 from arena.threat import Threat
 from arena.watch import Watch
 
@@ -42,8 +43,7 @@ LOOKS = 20
 #: Rows a pass outside training.
 CHUNK = 512
 #: Parameters up to which training on the CPU runs on one thread. Sums then come out the same on any number of cores, so
-#: equal keys mean equal weights; a second thread was measured to gain a tenth at best on 8x8 pictures and, on a busy
-#: machine, to cost a hundredfold in waiting.
+#: equal keys mean equal weights.
 ONE_THREAD = 1_000_000
 
 
@@ -127,7 +127,7 @@ def fit(
         watch.advance(done, "resumed")
     modes = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        with Reader(model, surface) as read, _own_randomness(device), _own_threads(model, device) as threads:
+        with Reader(model, surface) as read, _own_randomness(device), one_thread(_small(model, device)) as threads:
             for s, (stage, total) in enumerate(zip(stages, totals, strict=True)):
                 offset, before = offset + total, offset
                 if before + max(total, 1) <= done:
@@ -167,6 +167,10 @@ def fit(
     return Fitted(history, best, spent + time.monotonic() - begun, len(held), threads)
 
 
+def _small(model: nn.Module, device: torch.device) -> bool:
+    return device.type == "cpu" and sum(p.numel() for p in model.parameters()) <= ONE_THREAD
+
+
 @dataclass(frozen=True)
 class _Data:
     x: Tensor
@@ -182,17 +186,6 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
     ):
         yield
-
-
-@contextmanager
-def _own_threads(model: nn.Module, device: torch.device) -> Iterator[int]:
-    before = torch.get_num_threads()
-    if device.type == "cpu" and sum(p.numel() for p in model.parameters()) <= ONE_THREAD:
-        torch.set_num_threads(1)
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
 
 
 def seed_of(*parts: object) -> int:

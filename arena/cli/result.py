@@ -152,7 +152,7 @@ def _minimum(sweep: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> 
 def _cells(attack: Mapping[str, Any], unique: bool, rules: bool) -> list[Any]:
     broken, only = attack["broken"], attack.get("unique_broken")
     cells = [
-        cell(attack["name"]),
+        cell(spaced(attack["name"])),
         cell(attack["status"], style="" if attack["status"] == "ok" else "yellow"),
         str(attack["attempted"]),
         "-" if broken is None else str(broken),
@@ -171,7 +171,7 @@ def _rosters(console: Console, record: Record) -> None:
     made = table("entry", ">worst (95 %)", ">attacks", "=complete", ">forw.", ">backw.", ">time")
     for row in record["rosters"]:
         made.add_row(
-            cell(row["name"]),
+            cell(spaced(row["name"])),
             f"{percent(row['robust_accuracy'])} ({interval(row.get('ci95'))})",
             str(len(row["members"])),
             "yes" if row.get("complete") else "no",
@@ -220,3 +220,8 @@ def _handles(console: Console, record: Record) -> None:
     own = ":" in record["defense"].partition("(")[0]
     against = " --against FILE.py:FACTORY --checkpoint FILE" if own else ""
     console.print(f"re-score  arena verify {record['id']}{against}", soft_wrap=True)
+
+
+def spaced(name: str) -> str:
+    """Write a canonical name so that a narrow table wraps it between options; still a valid entry."""
+    return name.replace(",", ", ")
