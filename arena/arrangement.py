@@ -21,6 +21,7 @@ from arena.results import (
 )
 from arena.specs import DatasetSpec
 from arena.threat import Threat
+from arena.usermodels import OwnPlan
 
 #: Points of a match unless the user says otherwise; data sets with fewer use all.
 DEFAULT_N = 500
@@ -75,6 +76,8 @@ def arrange(question: Question, running: Running, registry: Registry) -> Arrange
         registry=registry,
     )
     notes = []
+    if isinstance(planned, OwnPlan) and question.checkpoint is None:
+        notes.append("no --checkpoint was given: the weights are those that the factory returns")
     missing = images.missing_classes(index)
     if missing:
         notes.append(f"no point of class {', '.join(map(str, missing))} among the {len(index)} points")

@@ -7,6 +7,7 @@ this module does not import torch: it is an entry point, loaded for every ``aren
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,7 +72,7 @@ class Images:
         """
         size = len(self.y_test)
         if not 1 <= n <= size:
-            raise ArenaError(f"-n {n}: data set '{self.name}' has 1 to {size} test points")
+            raise ArenaError(f"-n {n}: expected 1 to {size}, the test points of data set '{self.name}'")
         return self._order[:n]
 
     @cached_property
@@ -115,11 +116,14 @@ def digits() -> Images:
     """Load scikit-learn's 1,797 real 8x8 scans (UCI optical recognition), 16 grey levels, split 1,197 / 600."""
     import numpy as np
     import torch
-    from sklearn.datasets import load_digits
 
-    raw = load_digits()
-    pixels = np.rint(raw.images * (255 / 16)).astype(np.uint8)[:, None]
-    labels = raw.target.astype(np.int64)
+    # scikit-learn's own file, read directly: importing sklearn.datasets takes a second, reading it ten milliseconds.
+    found = importlib.util.find_spec("sklearn")
+    if found is None or not found.submodule_search_locations:
+        raise ArenaError("data set 'digits' comes with scikit-learn, which is not installed")
+    raw = np.loadtxt(Path(found.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    pixels = np.rint(raw[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
+    labels = raw[:, -1].astype(np.int64)
     order = stratified(labels)
     test, train = order[:600], order[600:]
     x, y = torch.from_numpy(pixels), torch.from_numpy(labels)
@@ -219,7 +223,21 @@ def open_images(name: str, registry: Registry) -> Images:
     """
     if name.startswith(NPZ):
         return from_npz(Path(name.removeprefix(NPZ)).expanduser())
-    images: Images = load(describe(name, registry).load)()
+    found = registry.get("dataset", name)
+    try:
+        images = load(found.spec.load)()
+    except ArenaError:
+        raise
+    except Exception as e:  # a plugin's code: named
+        said = " ".join(str(e).split())
+        raise ArenaError(
+            f"data set '{name}' of {found.origin}: {found.spec.load} raised {type(e).__name__}: {said}"
+        ) from e
+    if not isinstance(images, Images):
+        got = type(images).__name__
+        raise ArenaError(
+            f"data set '{name}' of {found.origin}: {found.spec.load} returned {got}, expected arena.datasets.Images"
+        )
     return images
 
 

@@ -7,6 +7,7 @@ Outcomes do not depend on the batch size, because every number a row uses is its
 from __future__ import annotations
 
 import random
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,6 +87,11 @@ class Forgetful:
     def snapshot(self, state: State | None, moved: bool) -> None: ...
 
 
+#: Called with (forwards so far, rows finished so far).
+Progress = Callable[[int, int], None]
+#: Seconds between two calls of it.
+TELL_EVERY = 0.2
+
 #: One finished row: (x_adv (C, H, W), forwards, backwards, claim).
 Row = tuple[Tensor, int, int, int]
 
@@ -98,7 +104,7 @@ def run_iterated(
     index: Tensor,
     clean: Tensor | None = None,
     keeper: Keeper | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
     until: Callable[[], bool] | None = None,
 ) -> Outcome:
     """Drive an ask/tell attack over rows.
@@ -111,7 +117,8 @@ def run_iterated(
         index: data-set indices (N,), keys of the random streams.
         clean: scores of the clean images (N, terms, K); computed, uncounted, if not given.
         keeper: where progress is kept.
-        progress: called with the number of finished rows.
+        progress: called a few times a second with (forwards, rows finished); a finished row counts as having cost the
+            most a row can cost, so that forwards over ``len(x) * attack.passes()[0]`` is the share done.
         until: asked now and then; True stops the run with what is known.
 
     Returns:
@@ -129,6 +136,7 @@ def run_iterated(
     if state is not None:
         live = torch.tensor([i in place and i not in finished for i in state["index"].tolist()], dtype=torch.bool)
         state = _keep(state, live) if bool(live.any()) else None
+    most, told = attack.passes()[0], time.monotonic()
     active = set(state["index"].tolist()) if state is not None else set()
     queue = [k for i, k in place.items() if i not in finished and i not in active]
     done = len(finished)
@@ -161,8 +169,9 @@ def run_iterated(
                 keeper.finished(rows_done, outcome.moved)
                 done += len(rows_done)
                 state = _keep(state, ~leaving) if len(rows_done) < len(leaving) else None
-                if progress:
-                    progress(done)
+            if progress and time.monotonic() - told >= TELL_EVERY:
+                told = time.monotonic()
+                progress(done * most + (0 if state is None else int(state[FORWARDS].sum())), done)
             if keeper.due():
                 keeper.snapshot(state, outcome.moved)
             if until and until():
@@ -233,7 +242,7 @@ def run_plain(
     stream: Stream,
     options: dict[str, Any],
     keeper: Keeper | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
     chunk: int = 128,
 ) -> Outcome:
     """Call a plain attack ``function(target, x, y, threat, budget, rng, **options)`` a chunk of rows at a time.
@@ -287,7 +296,7 @@ def run_plain(
         keeper.snapshot(None, outcome.moved)
         done += len(rows)
         if progress:
-            progress(done)
+            progress(target.meter.forwards, done)
     return outcome
 
 

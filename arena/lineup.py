@@ -13,7 +13,7 @@ from arena.surface import Surface
 from arena.threat import Threat
 
 #: Entries that name a class of a wrapped library: ``foolbox:LinfPGD(steps=40)``.
-FOREIGN = ("foolbox", "art")
+FOREIGN = {"foolbox": "foolbox:LinfPGD(steps=40)", "art": "art:SquareAttack"}
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def _attack(name: str, given: Mapping[str, Value], registry: Registry) -> Planne
         if check:
             check(library, cls, dict(given))
         return Planned(canonical(name, given), found, {"cls": cls, **given})
-    if name in FOREIGN and not registry.has("attack", name.partition(":")[0]):
-        raise ArenaError(f"'{name}': expected {name}:CLASS")
+    if name in FOREIGN:
+        raise ArenaError(f"attack '{name}' needs a class of the library, such as {FOREIGN[name]}")
     if not registry.has("attack", name) and not registry.has("roster", name):
         known = [n for n in registry.names("attack") + registry.names("roster") if "/" not in n]
         raise unknown("attack", name, [n for n in known if n not in FOREIGN])

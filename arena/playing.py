@@ -129,7 +129,6 @@ class Playing:
         played = Played(
             planned, group.name, group.name if group.roster else None, "ok", met, nothing, nothing.clone(), met
         )
-        self.watch.phase(planned.name, len(rows), "points")
         if planned.spec.spec.norms and self.arranged.threat.norm not in planned.spec.spec.norms:
             played.status = "unsupported"
             played.error = f"works under {', '.join(planned.spec.spec.norms)}, not {self.arranged.threat.norm}"
@@ -166,12 +165,32 @@ class Playing:
                 failed = Outcome.empty(x)
                 failed.error = f"{type(e).__name__}: {e}"
                 return failed
-            return run_iterated(attack, self.target, x, y, index, None, keeper, self.watch.advance)
+            self.watch.phase(planned.name, len(x) * attack.passes()[0], "forwards")
+            return run_iterated(
+                attack,
+                self.target,
+                x,
+                y,
+                index,
+                None,
+                keeper,
+                lambda forwards, done: self.watch.advance(forwards, f"{done} of {len(x)} points done"),
+            )
         assert spec.run is not None
         options = dict(planned.options)
+        self.watch.phase(planned.name, len(x), "points")
         function: Callable[..., Any] = load(spec.run)
         return run_plain(
-            function, self.target, x, y, index, arranged.threat, stream, options, keeper, self.watch.advance
+            function,
+            self.target,
+            x,
+            y,
+            index,
+            arranged.threat,
+            stream,
+            options,
+            keeper,
+            lambda _, done: self.watch.advance(done),
         )
 
     def _enter(self, played: Played, rows: Tensor, outcome: Outcome, verdict: Judgement) -> None:

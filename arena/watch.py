@@ -9,7 +9,7 @@ class Watch(Protocol):
     """Receives progress. Calls are cheap and never raise."""
 
     def phase(self, name: str, total: int, unit: str) -> None:
-        """A piece of work begins: ``total`` steps of ``unit`` (``epochs``, ``points``, ``images``)."""
+        """A piece of work begins: ``total`` steps of ``unit`` (``epochs``, ``forwards``, ``points``)."""
 
     def advance(self, done: int, note: str = "") -> None:
         """``done`` steps of the current phase are finished; ``note`` is a short figure to show."""

@@ -209,6 +209,7 @@ def test_matrix_fills_what_only_each_attack_broke(registry):
         ({"vs": ("autoatack",)}, "unknown attack 'autoatack'; did you mean 'autoattack'"),
         ({"vs": ("pgd(restart=3)",)}, "unknown option 'restart'; did you mean 'restarts'"),
         ({"vs": ("pgd(steps=a)",)}, "option 'steps': expected a number, got 'a'"),
+        ({"vs": ("foolbox",)}, "attack 'foolbox' needs a class of the library, such as foolbox:LinfPGD"),
         ({"vs": ("pgd", "pgd")}, "'pgd' is given twice"),
         ({"vs": ("autoattack(steps=3)",)}, "roster 'autoattack' takes no options"),
         ({"dataset": "digit"}, "unknown dataset 'digit'; did you mean 'digits'"),
@@ -216,7 +217,7 @@ def test_matrix_fills_what_only_each_attack_broke(registry):
         ({"eps": "8"}, "larger than the box"),
         ({"norm": "L2", "eps": "9"}, "larger than the box"),
         ({"norm": "Linfinity"}, "unknown norm 'Linfinity'; did you mean 'Linf'"),
-        ({"n": 0}, "-n 0: data set 'digits' has 1 to 600 test points"),
+        ({"n": 0}, "-n 0: expected 1 to 600, the test points of data set 'digits'"),
         ({"n": 601}, "1 to 600"),
     ],
 )

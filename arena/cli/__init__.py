@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,14 @@ INTERRUPTED = "interrupted; the same command continues"
 
 class Interrupted(Exception):  # noqa: N818 (what happened is no error)
     """The user pressed Ctrl-C; click would print a line of its own."""
+
+
+class Closed(Exception):  # noqa: N818 (what happened is no error)
+    """The reader of stdout has gone, as in ``arena list | head``."""
+
+
+#: A group without a command: click 8.2 and later raise the help instead of printing it.
+_HELP: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
 
 
 class Commands(click.Group):
@@ -58,6 +67,8 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise Interrupted from None
+        except BrokenPipeError:
+            raise Closed from None
 
 
 def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -89,6 +100,12 @@ def run(args: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code; what the user can fix becomes one line on stderr."""
     try:
         code = arena.main(args=args, prog_name="arena", standalone_mode=False)
+    except _HELP as error:
+        error.show()
+        return int(error.exit_code)
+    except Closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered has nowhere to go
+        return 128 + int(signal.SIGPIPE)
     except click.exceptions.NoSuchOption as error:
         return _refuse(f"unknown option '{error.option_name}'{_hint(error)}")
     except click.ClickException as error:
@@ -116,4 +133,7 @@ def main() -> None:
     # Threads that wait by spinning starve each other: with a second busy process on two cores a pass took 7 to 10 times
     # as long; with waiting threads asleep it took as long as alone. OpenMP reads this when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.exit(run())
+    code = run()
+    if code == 3:  # an impatient second Ctrl-C would print a traceback of the interpreter's own ending
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)

@@ -19,11 +19,12 @@ def answer(question: Question, running: Running, registry: Registry, quiet: bool
     """Play one question, drawing progress; return the record and whether it was stored already."""
     from dataclasses import replace
 
+    from arena.cli.console import foreign
     from arena.cli.progress import watching
     from arena.match import play
 
     running = replace(running, device=options.resolve(running.device))
-    with watching(quiet) as watch:
+    with foreign(), watching(quiet) as watch:
         answered = play(question, running, registry, watch)
     return answered.record, answered.stored
 

@@ -19,12 +19,11 @@ def play_card(
     ``given`` are the options of the command line; they win over the card.
     """
     from arena.cards import name_question, read_card
-    from arena.cli.console import cell, interval, out, percent
+    from arena.cli.console import cell, installed, interval, out, percent
     from arena.cli.leaderboard import draw
     from arena.entries import split
     from arena.errors import ArenaError
     from arena.leaderboard import standings
-    from arena.plugins import registry
     from arena.store import open_store
 
     overrides = chosen(**given)
@@ -42,7 +41,7 @@ def play_card(
             if not quiet:
                 click.echo(f"[{number}/{len(card.questions)}] {name}", err=True)
             try:
-                record, stored = answer(question, card.running, registry(), quiet)
+                record, stored = answer(question, card.running, installed(), quiet)
             except ArenaError as error:
                 click.echo(f"arena: error: {name}: {' '.join(str(error).split())}", err=True)
                 worst = max(worst, 2)

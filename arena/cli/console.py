@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import AbstractContextManager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,15 +12,46 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from arena.plugins import Registry
+
+#: Width of what goes to a file or a pipe, unless COLUMNS says otherwise.
+PIPED = 120
 #: From this width on, tables have room.
 WIDE = 100
+
+
+def foreign() -> AbstractContextManager[object]:
+    """Send what plugins and models print to stderr: stdout is for results."""
+    return redirect_stdout(sys.stderr)
+
+
+def installed() -> Registry:
+    """Return the registry of this process, loaded without a word on stdout."""
+    from arena.plugins import registry
+
+    with foreign():
+        return registry()
 
 
 def out() -> Console:
     """Return the console for results."""
     from rich.console import Console
 
-    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    class Out(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would exit with 1, which says that a threshold failed
+
+        def print(self, *objects: Any, **options: Any) -> None:
+            if self.is_terminal or options.get("soft_wrap"):
+                return super().print(*objects, **options)
+            with self.capture() as text:
+                super().print(*objects, **options)
+            lines = [line.rstrip(" ") for line in text.get().split("\n")]
+            self.file.write("\n".join(lines))
+            self.file.flush()
+
+    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PIPED
+    return Out(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=False, width=width)
 
 
 def err() -> Console:

@@ -37,12 +37,11 @@ def command(kind: str | None, as_json: bool) -> int:
       arena list attacks
       arena list defenses --json
     """
-    from arena.cli.console import out
-    from arena.plugins import registry
+    from arena.cli.console import installed, out
 
     if kind is not None and kind not in KINDS:
         raise unknown("kind", kind, KINDS)
-    found = registry()
+    found = installed()
     kinds = [kind] if kind else list(KINDS)
     if as_json:
         data = {k: [describe(r) for r in found.all(KINDS[k])] for k in kinds}

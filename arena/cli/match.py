@@ -92,10 +92,9 @@ def _single(
     everything: bool,
     quiet: bool,
 ) -> int:
-    from arena.cli.console import out
+    from arena.cli.console import installed, out
     from arena.cli.result import draw
     from arena.entries import split
-    from arena.plugins import registry
     from arena.question import Question
     from arena.store import open_store
 
@@ -103,7 +102,7 @@ def _single(
     running = how(given)
     question = Question(defense, tuple(split(VS if vs is None else vs)), **options.chosen(**given))
     with open_store() as store:  # a store that cannot be opened is found before an hour of attacks
-        record, stored = answer(question, running, registry(), quiet)
+        record, stored = answer(question, running, installed(), quiet)
         if json_to:
             write(json_to, record)
         if json_to != "-":

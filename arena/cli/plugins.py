@@ -27,10 +27,9 @@ def command() -> None:
 @command.command("list")
 def list_() -> int:
     """List plugins: where they come from and what they register."""
-    from arena.cli.console import cell, out, table
-    from arena.plugins import registry
+    from arena.cli.console import cell, installed, out, table
 
-    found = registry()
+    found = installed()
     made = table("distribution", "=version", "entry point", "registers")
     for plugin in found.plugins:
         kinds: dict[str, int] = {}
@@ -58,10 +57,9 @@ def doctor() -> int:
     Finds imports that fail, hooks that are misspelt or raise, what is refused and why, entry points that hide each
     other, names that several packages offer, and plugins whose import brings in torch (they slow every command down).
     """
-    from arena.cli.console import cell, out
-    from arena.plugins import registry
+    from arena.cli.console import cell, installed, out
 
-    found = registry()
+    found = installed()
     console = out()
     for plugin in found.plugins:
         bad = any(p.entry_point == plugin.entry_point for p in found.problems)

@@ -80,13 +80,21 @@ def _headline(console: Console, record: Record, store: Store | None) -> None:
     if asked.get("train_seed"):
         words.append(f"train seed {asked['train_seed']}")
     console.print(cell(" · ".join(plain(w) for w in words if w), style="bold"))
+    verdict = str((record.get("audit") or {}).get("verdict") or "not_audited")
     if worst["robust_accuracy"] is None:
-        console.print(cell(f"worst case: none, nothing was played   natural {_natural(record)}", style="bold"))
+        text = "worst case: none, nothing was played"
+    elif verdict == "void":
+        text = "worst case: none, the match is void"
     else:
         text = f"worst case {percent(worst['robust_accuracy'])} % (95 %: {interval(worst['ci95'])})"
-        console.print(cell(f"{text}   natural {_natural(record)}", style="bold"))
-    verdict = str((record.get("audit") or {}).get("verdict") or "not_audited")
-    console.print(cell(f"verdict {VERDICTS.get(verdict, verdict)}", style=_STYLES.get(verdict, "")))
+    shown = [
+        cell(f"{text}   natural {_natural(record)}", style="bold"),
+        cell(f"verdict {VERDICTS.get(verdict, verdict)}", style=_STYLES.get(verdict, "")),
+    ]
+    for line in reversed(shown) if verdict == "void" else shown:
+        console.print(line)
+    if verdict == "void":
+        return
     lines = beside(record, store)
     if lines:
         console.print(cell("beside " + " | ".join(lines)))

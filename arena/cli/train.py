@@ -36,36 +36,37 @@ def command(
       arena train fgaa_sat
       arena train 'ewas_sat(lam=0.05)' --train-seed 1
     """
+    from arena.errors import ArenaError
+
+    if ":" in defense.partition("(")[0]:
+        raise ArenaError(f"'{defense}' is a model of your own: arena trains listed defenses only; see 'arena list defenses'")
     from arena.arrangement import threat_model
-    from arena.cli.console import cell, clock, out, percent
+    from arena.cli.console import cell, clock, foreign, installed, out, percent
     from arena.cli.progress import watching
     from arena.datasets import describe, open_images
-    from arena.errors import ArenaError
-    from arena.models import plan
-    from arena.plugins import registry
+    from arena.models import TrainedPlan, plan
 
-    found = registry()
+    found = installed()
     name = dataset or "digits"
     spec = describe(name, found)
     threat = threat_model(spec, norm, eps)
-    images = open_images(name, found)
-    threat.check_shape(images.shape)
-    planned = plan(
-        defense,
-        dataset=name,
-        images=images,
-        backbone=backbone,
-        train_seed=train_seed or 0,
-        threat=threat,
-        checkpoint=None,
-        surface=None,
-        registry=found,
-    )
-    folder = getattr(planned, "folder", None)
-    if folder is None:
-        raise ArenaError(f"'{defense}' is a model of your own: arena cannot train it; give a listed defense")
-    kept = planned.cached() and not retrain  # type: ignore[union-attr]
-    with watching(quiet) as watch:
+    with foreign(), watching(quiet) as watch:
+        images = open_images(name, found)
+        threat.check_shape(images.shape)
+        planned = plan(
+            defense,
+            dataset=name,
+            images=images,
+            backbone=backbone,
+            train_seed=train_seed or 0,
+            threat=threat,
+            checkpoint=None,
+            surface=None,
+            registry=found,
+        )
+        assert isinstance(planned, TrainedPlan)
+        folder = planned.folder
+        kept = planned.cached() and not retrain
         contender = planned.obtain(train=True, retrain=retrain, device=options.resolve(device), watch=watch)
     trained = contender.trained
     held = trained.get("held_out") or {}

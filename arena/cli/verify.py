@@ -57,10 +57,11 @@ def command(
       arena verify submission.npz --against fgaa_sat
       arena verify 3f9a --against my.py:factory --checkpoint w.safetensors
     """
+    from arena.cli.console import foreign
     from arena.cli.progress import watching
     from arena.verify import verify
 
-    with watching(quiet) as watch:
+    with foreign(), watching(quiet) as watch:
         found = verify(
             what,
             trusted(what, against, plugins),

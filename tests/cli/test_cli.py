@@ -108,6 +108,39 @@ def test_a_closed_pipe_is_no_bug(plant, record):
     assert "Traceback" not in done.stderr
 
 
+def test_the_reader_may_go_early(plant, record):
+    plant(record)
+    for line in ("list --json", "list", "show 0123"):
+        code = f"set -o pipefail; {sys.executable} -c 'import time, sys; from arena.cli import main; time.sleep(1); main()'"
+        done = subprocess.run(["bash", "-c", f"{code} {line} | true"], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("line", [(), ("plugins",)])
+def test_a_group_alone_prints_its_help(arena, line):
+    done = arena(*line)
+    assert done.code == 2
+    assert done.err.startswith("Usage: arena")
+    assert len(done.err.splitlines()) > 10
+    assert "error" not in done.err
+
+
+def test_a_second_ctrl_c_is_ignored():
+    code = "import atexit, os, signal, sys\nimport arena.cli as c\n"
+    code += "def again():\n    os.kill(os.getpid(), signal.SIGINT)\n    print('ended')\n"
+    code += "atexit.register(again)\nc.arena.main = lambda **k: (_ for _ in ()).throw(KeyboardInterrupt)\nc.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (3, "ended\n")
+    assert done.stderr == "arena: interrupted; the same command continues\n"
+
+
+def test_piped_tables_are_wide_and_have_no_trailing_blanks(arena, monkeypatch):
+    monkeypatch.delenv("COLUMNS")
+    lines = arena("list").out.splitlines()
+    assert 100 < max(map(len, lines)) <= 120
+    assert not [line for line in lines if line != line.rstrip()]
+
+
 def test_leaderboard_without_results(arena):
     done = arena("leaderboard")
     assert done.code == 0

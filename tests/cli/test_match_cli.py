@@ -60,6 +60,17 @@ def test_json(arena, played, record, tmp_path):
     assert "cannot be written" in done.refusal
 
 
+def test_what_plugins_print_stays_out_of_the_record(arena, played, record):
+    def talk(question, running):
+        print("a plugin says hello")
+        return record
+
+    played.answer = talk
+    done = arena("match", "sat", "--json", "-")
+    assert json.loads(done.out) == record
+    assert "a plugin says hello" in done.err
+
+
 @pytest.mark.parametrize(
     ("args", "code"),
     [

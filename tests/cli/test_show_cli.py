@@ -117,6 +117,16 @@ def test_a_match_that_was_not_played(arena, plant, record):
     assert "verdict void: the number means nothing" in out
 
 
+def test_a_void_result_has_no_number_in_its_head(arena, plant, record):
+    record["audit"] = {"verdict": "void", "indicators": []}
+    plant(record)
+    lines = arena("show", "0123").out.splitlines()
+    assert lines[1] == "verdict void: the number means nothing"
+    assert " ".join(lines[2].split()) == "worst case: none, the match is void natural 97.5 %"
+    assert "34.5" not in "\n".join(lines[:4])
+    assert "apgd_ce" in "\n".join(lines)
+
+
 def test_a_bare_record_is_enough(arena, plant, record):
     for key in ("sweeps", "notes", "audit", "examples", "provenance"):
         record.pop(key)

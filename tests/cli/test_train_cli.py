@@ -40,8 +40,13 @@ def test_training_is_reported_and_kept(arena, monkeypatch):
         ("rt --dataset digit", "unknown dataset 'digit'; did you mean 'digits'?"),
         ("sat --norm L2", "norm L2: give eps too; the data set's default 0.2 is for Linf"),
         ("rt --device gpu", "--device 'gpu': expected auto"),
-        ("none.py:make", "'none.py:make': no such file 'none.py'"),
+        ("none.py:make", "'none.py:make' is a model of your own: arena trains listed defenses only"),
     ],
 )
 def test_refusals(arena, line, message):
     assert arena("train", *line.split()).refusal.startswith(message)
+
+
+def test_own_models_are_refused_before_they_run(arena, tmp_path):
+    (tmp_path / "my.py").write_text("raise SystemExit(7)")
+    assert "is a model of your own" in arena("train", f"{tmp_path}/my.py:make").refusal
