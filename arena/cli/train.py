@@ -39,7 +39,9 @@ def command(
     from arena.errors import ArenaError
 
     if ":" in defense.partition("(")[0]:
-        raise ArenaError(f"'{defense}' is a model of your own: arena trains listed defenses only; see 'arena list defenses'")
+        raise ArenaError(
+            f"'{defense}' is a model of your own: arena trains listed defenses only; see 'arena list defenses'"
+        )
     from arena.arrangement import threat_model
     from arena.cli.console import cell, clock, foreign, installed, out, percent
     from arena.cli.progress import watching

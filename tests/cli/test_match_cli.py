@@ -164,7 +164,7 @@ def test_refusals(arena, played, line, message):
         ("sat --vs pgd --norm Lif", "unknown norm 'Lif'; did you mean 'Linf'?"),
         ("sat --vs pgd --eps huge", "eps 'huge': expected a number or a fraction such as 8/255 or 0.03"),
         ("sat --vs pgd --eps 8", "eps '8': larger than the box [0, 1]; images are in [0, 1], did you mean 8/255?"),
-        ("sat --vs pgd -n 601", "-n 601: data set 'digits' has 1 to 600 test points"),
+        ("sat --vs pgd -n 601", "-n 601: expected 1 to 600"),
         ("sat --vs pgd --dataset npz:none.npz", "data set 'npz:none.npz': no such file"),
     ],
 )
