@@ -5,19 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from arena.cli.console import clock, err, percent, plain
+from arena.cli.console import cell, clock, count, err, percent, plain
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, TaskID
 
     from arena.watch import Watch
 
-#: Seconds between plain lines of one phase.
+#: Seconds that a phase may last before plain lines tell of it, and between two such lines.
 EVERY = 5.0
+#: A time left is told from this share and after so many seconds: before, it is a guess.
+SURE_SHARE, SURE_SECONDS = 0.05, 2.0
+#: Units that mean nothing to a reader: the share is shown, and the numbers in brief.
+INNER = ("forwards",)
+#: Characters of the bar.
+BAR = 10
 
 
 @contextmanager
@@ -51,10 +56,44 @@ def summary(row: dict[str, Any]) -> str:
     if row.get("cumulative_accuracy") is not None:
         text += f", {percent(row['cumulative_accuracy'])} % left"
     elif row.get("robust_accuracy") is not None:
-        text += f", {percent(row['robust_accuracy'])} % stand"
+        text += f", {percent(row['robust_accuracy'])} % alone"
     if row["status"] != "ok":
         text += f", {row['status'].upper()}: {plain(row.get('error') or 'no reason given')}"
     return text + f" ({clock(row.get('seconds') or 0.0)})"
+
+
+def _swept(row: dict[str, Any]) -> tuple[str, str] | None:
+    """Name the sweep a row belongs to: the same attack at other weights of the heads; None for other rows."""
+    if "lam" not in (row.get("options") or {}) or row["status"] != "ok":
+        return None
+    return row.get("roster") or "", row["name"].partition("(")[0]
+
+
+@dataclass
+class Sweep:
+    """Folds the rows of a sweep, which come one after the other, into one line."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def take(self, row: dict[str, Any]) -> list[str]:
+        """Take in a row; return the lines that are due."""
+        name = _swept(row)
+        lines = [] if self.rows and name == _swept(self.rows[-1]) else self.end()
+        if name is None:
+            return [*lines, summary(row)]
+        self.rows.append(row)
+        return lines
+
+    def end(self) -> list[str]:
+        """Return the line of the sweep that has ended."""
+        rows, self.rows = self.rows, []
+        if len(rows) < 2:
+            return [summary(row) for row in rows]
+        roster, name = _swept(rows[0]) or ("", "")
+        alone = [r["robust_accuracy"] for r in rows if r.get("robust_accuracy") is not None]
+        text = f"{plain(f'{roster} / ' if roster else '')}{plain(name)}: {len(rows)} rows of a sweep"
+        text += f", lowest {percent(min(alone))} % alone" if alone else ""
+        return [f"{text} ({clock(sum(r.get('seconds') or 0.0 for r in rows))})"]
 
 
 @dataclass
@@ -69,42 +108,60 @@ class Phase:
     note: str = ""
     before: int = -1
     """Steps that an earlier run had done; -1: not known yet."""
+    since: float = 0.0
+    """When the first step of this run began."""
 
-    def advance(self, done: int, note: str) -> None:
+    def advance(self, done: int, note: str, now: float) -> None:
         """Take in a report."""
         if self.before < 0:
-            self.before = done if note == "resumed" else 0
+            # forwards are told of a few times a second, so the first report holds what an earlier run had done
+            earlier = note == "resumed" or self.unit in INNER
+            self.before, self.since = (done, now) if earlier else (0, self.began)
         self.done, self.note = done, plain(note)
+
+    @property
+    def share(self) -> float:
+        """How much of the work is done, 0 to 1."""
+        return min(1.0, self.done / self.total) if self.total else 0.0
+
+    def figure(self) -> str:
+        """Write how far it is: ``12 %``, or ``3/30 epochs``."""
+        if self.unit in INNER:
+            return f"{int(100 * self.share)} %"
+        return f"{count(self.done)}/{count(self.total)} {self.unit}"
+
+    def left(self, now: float) -> float | None:
+        """Return the seconds that are probably left; None: too early to tell, or nothing is."""
+        elapsed, fresh = now - self.since, self.done - max(self.before, 0)
+        if elapsed < SURE_SECONDS or fresh <= 0 or self.done >= self.total or fresh < SURE_SHARE * self.total:
+            return None
+        return elapsed * (self.total - self.done) / fresh
 
     def line(self, now: float) -> str:
         """Tell how far it is, how long it took and how long it may take."""
-        elapsed = now - self.began
-        text = f"{self.name}: {self.done}/{self.total} {self.unit}" + (f", {self.note}" if self.note else "")
-        fresh = self.done - max(self.before, 0)
-        if self.done >= self.total or fresh <= 0:
-            return f"{text}, {clock(elapsed)}"
-        return f"{text}, {clock(elapsed)}, about {clock(elapsed * (self.total - self.done) / fresh)} left"
+        text = f"{self.name}: {self.figure()}" + (f", {self.note}" if self.note else "")
+        left = self.left(now)
+        return f"{text}, {clock(now - self.began)}" + ("" if left is None else f", about {clock(left)} left")
 
 
 class Lines:
-    """Plain lines: one when a phase begins, at most one every ``EVERY`` seconds, one when it ends."""
+    """Plain lines: none before a phase has lasted ``EVERY`` seconds, then one in as many, and one when it ends."""
 
     def __init__(self, write: Callable[[str], object], now: Callable[[], float] = time.monotonic) -> None:
         self._write, self._now = write, now
         self._phase: Phase | None = None
         self._last = 0.0
+        self._sweep = Sweep()
 
     def phase(self, name: str, total: int, unit: str) -> None:
-        self.close()
+        self.close(sweep=False)
         self._last = self._now()
         self._phase = Phase(plain(name), total, plain(unit), self._last)
-        if total:
-            self._write(f"{self._phase.name}: {total} {self._phase.unit}")
 
     def advance(self, done: int, note: str = "") -> None:
         if self._phase is None:
             return
-        self._phase.advance(done, note)
+        self._phase.advance(done, note, self._now())
         if self._now() - self._last >= EVERY:
             self._last = self._now()
             self._write(self._phase.line(self._last))
@@ -114,71 +171,85 @@ class Lines:
 
     def row(self, attack: dict[str, Any]) -> None:
         self._phase = None
-        self._write(summary(attack))
+        for line in self._sweep.take(attack):
+            self._write(line)
 
-    def close(self) -> None:
+    def close(self, sweep: bool = True) -> None:
         """End the phase; a line tells how it ended unless an attack's row did."""
+        for line in self._sweep.end() if sweep else ():
+            self._write(line)
         if self._phase is not None and self._phase.done:
             self._write(self._phase.line(self._now()))
         self._phase = None
 
 
+def cut(text: str, width: int) -> str:
+    """Shorten text to a width; the end gives way."""
+    return text if len(text) <= width else text[: width - 1] + "…" if width > 1 else ""
+
+
+def moving(phase: Phase, now: float, width: int) -> str:
+    """Write the bar: share, time and time left in full; the note gives way first, then the name."""
+    figures = f"{phase.figure()}  {clock(now - phase.began)}"
+    left = phase.left(now)
+    figures += "" if left is None else f", {clock(left)} left"
+    full = int(BAR * phase.share)
+    room = width - BAR - len(figures) - 4
+    name = cut(phase.name, room)
+    note = cut(phase.note, room - len(name) - 2)
+    return "  ".join(t for t in (name, "━" * full + "─" * (BAR - full), figures, note) if t)
+
+
 class Live:
     """A bar that moves, with a line for each finished phase left standing above it."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+    def __init__(self, console: Console, now: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._now = console, now
+        self._bar: Any = None
         self._phase: Phase | None = None
+        self._sweep = Sweep()
 
     def phase(self, name: str, total: int, unit: str) -> None:
-        from rich import progress as p
-        from rich.markup import escape
-        from rich.table import Column
+        from rich.live import Live as Redrawn
 
-        self.close()
-        self._phase = Phase(plain(name), total, plain(unit), time.monotonic())
-
-        def fixed() -> Column:
-            return Column(no_wrap=True)
-
-        def cut() -> Column:
-            return Column(no_wrap=True, overflow="ellipsis")
-
-        self._bar = p.Progress(
-            p.TextColumn("{task.description}", table_column=cut()),
-            p.BarColumn(bar_width=10, table_column=fixed()),
-            p.MofNCompleteColumn(table_column=fixed()),
-            p.TimeElapsedColumn(table_column=fixed()),
-            p.TextColumn("left", style="dim", table_column=fixed()),
-            p.TimeRemainingColumn(compact=True, table_column=fixed()),
-            p.TextColumn("{task.fields[note]}", style="dim", table_column=cut()),
+        self.close(sweep=False)
+        self._phase = Phase(plain(name), total, plain(unit), self._now())
+        self._bar = Redrawn(
+            get_renderable=self._draw,
             console=self._console,
             transient=True,
-            speed_estimate_period=60,
+            refresh_per_second=5,
+            vertical_overflow="crop",
         )
         self._bar.start()
-        self._task = self._bar.add_task(escape(plain(name)), total=total, note="")
+
+    def _draw(self) -> Any:
+        phase = self._phase
+        return cell("" if phase is None else moving(phase, self._now(), self._console.width - 1))
 
     def advance(self, done: int, note: str = "") -> None:
-        from rich.markup import escape
-
-        if self._bar is not None and self._task is not None and self._phase is not None:
-            self._phase.advance(done, note)
-            self._bar.update(self._task, completed=done, note=escape(plain(note)))
+        if self._phase is not None:
+            self._phase.advance(done, note, self._now())
 
     def say(self, text: str) -> None:
         self._console.print(plain(text))
 
     def row(self, attack: dict[str, Any]) -> None:
+        self._stop()
         self._phase = None
-        self._console.print(summary(attack))
+        for line in self._sweep.take(attack):
+            self._console.print(line)
 
-    def close(self) -> None:
+    def close(self, sweep: bool = True) -> None:
         """Take the bar away; a phase that was no attack leaves its last line."""
+        self._stop()
+        for line in self._sweep.end() if sweep else ():
+            self._console.print(line)
+        if self._phase is not None and self._phase.done:
+            self._console.print(self._phase.line(self._now()))
+        self._phase = None
+
+    def _stop(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if self._phase is not None and self._phase.done:
-            self._console.print(self._phase.line(time.monotonic()))
-        self._bar = self._task = self._phase = None
+        self._bar = None

@@ -111,7 +111,8 @@ def test_a_closed_pipe_is_no_bug(plant, record):
 def test_the_reader_may_go_early(plant, record):
     plant(record)
     for line in ("list --json", "list", "show 0123"):
-        code = f"set -o pipefail; {sys.executable} -c 'import time, sys; from arena.cli import main; time.sleep(1); main()'"
+        code = "set -o pipefail; "
+        code += f"{sys.executable} -c 'import time; from arena.cli import main; time.sleep(1); main()'"
         done = subprocess.run(["bash", "-c", f"{code} {line} | true"], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (141, "")
 

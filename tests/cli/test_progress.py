@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import re
 
+import pytest
 from rich.console import Console
 
-from arena.cli.progress import EVERY, Lines, Live, summary, watching
+from arena.cli.progress import EVERY, Lines, Live, Phase, moving, summary, watching
 
 ROW = {"name": "pgd", "roster": "quick", "attempted": 9, "broken": 3, "cumulative_accuracy": 66.7, "status": "ok"}
 
@@ -31,9 +32,8 @@ def test_plain_lines_are_few_and_carry_an_estimate():
         clock.now += 0.02
         watch.advance(done)
     watch.row(ROW)
-    assert 3 <= len(said) - 2 <= 1000 * 0.02 / EVERY
-    assert said[0] == "pgd: 1000 points"
-    assert re.match(r"pgd: 25\d/1000 points, 5\.0 s, about 15 s left", said[1])
+    assert 3 <= len(said) - 1 <= 1000 * 0.02 / EVERY
+    assert re.match(r"pgd: 25\d/1k points, 5\.0 s, about 15 s left", said[0])
     assert said[-1] == "quick / pgd: 3 of 9 broken, 66.7 % left (0.0 s)"
 
 
@@ -43,7 +43,7 @@ def test_a_phase_without_a_row_ends_with_a_line():
     clock.now += 1
     watch.advance(4, "loss 0.1")
     watch.phase("next", 1, "points")
-    assert said == ["train sat: 4 epochs", "train sat: 4/4 epochs, loss 0.1, 1.0 s", "next: 1 points"]
+    assert said == ["train sat: 4/4 epochs, loss 0.1, 1.0 s"]
 
 
 def test_a_resumed_phase_is_estimated_from_its_own_steps():
@@ -58,7 +58,7 @@ def test_a_resumed_phase_is_estimated_from_its_own_steps():
 def test_rows_that_are_not_ok_say_why():
     bad = ROW | {"status": "failed", "error": "boom\nbang", "roster": None, "cumulative_accuracy": None, "seconds": 71}
     assert summary(bad) == "pgd: 3 of 9 broken, FAILED: boom bang (1:11)"
-    assert "40.0 % stand" in summary(bad | {"robust_accuracy": 40.0})
+    assert "40.0 % alone" in summary(bad | {"robust_accuracy": 40.0})
 
 
 def test_the_live_bar_leaves_finished_work_and_survives_markup():
@@ -92,3 +92,61 @@ def test_progress_goes_to_stderr(capfd):
     out, err = capfd.readouterr()
     assert out == ""
     assert err.count("\n") == 1
+
+
+def test_forwards_are_a_share_with_a_time_left_when_it_is_known():
+    watch, clock, said = lines()
+    watch.phase("apgd_ce", 1_200_000, "forwards")
+    clock.now += 1
+    watch.advance(600_000, "250 of 500 points done")  # an earlier run's
+    clock.now += 5
+    watch.advance(630_000, "262 of 500 points done")
+    assert said == ["apgd_ce: 52 %, 262 of 500 points done, 6.0 s"]
+    clock.now += 5
+    watch.advance(720_000, "300 of 500 points done")
+    assert said[1:] == ["apgd_ce: 60 %, 300 of 500 points done, 11 s, about 40 s left"]
+
+
+def test_short_phases_say_nothing_before_their_row():
+    watch, clock, said = lines()
+    for _ in range(3):
+        watch.phase("pgd", 1000, "forwards")
+        clock.now += EVERY - 1
+        watch.advance(900, "9 of 10 points done")
+        watch.row(ROW)
+    assert said == ["quick / pgd: 3 of 9 broken, 66.7 % left (0.0 s)"] * 3
+
+
+def test_a_sweep_is_one_line_but_for_rows_that_are_not_ok():
+    watch, _, said = lines()
+
+    def swept(lam, alone, status="ok"):
+        options = {"lam": str(lam), "steps": "20"}
+        row = {"name": f"lambda_pgd(lam={lam})", "options": options, "robust_accuracy": alone, "status": status}
+        return ROW | row | {"cumulative_accuracy": None, "roster": "adaptive", "seconds": 2.0}
+
+    for lam, alone in ((0, 90.0), (1, 40.0), (2, 50.0)):
+        watch.phase("lambda_pgd", 10, "forwards")
+        watch.row(swept(lam, alone))
+    assert said == []
+    watch.row(swept(10, 30.0, "failed"))
+    watch.row(swept(100, 20.0))
+    watch.close()
+    assert said[0] == "adaptive / lambda_pgd: 3 rows of a sweep, lowest 40.0 % alone (6.0 s)"
+    assert said[1].startswith("adaptive / lambda_pgd(lam=10): 3 of 9 broken, 30.0 % alone, FAILED")
+    assert said[2].startswith("adaptive / lambda_pgd(lam=100): 3 of 9 broken")
+    assert len(said) == 3
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_bar_cuts_the_note_first_and_never_the_figures(width):
+    phase = Phase("train fgaa_sat", 30, "epochs", 0.0)
+    phase.advance(12, "loss 0.513, held out: natural 97.5, pgd 61.2 and a lot more to tell of it than fits", 100.0)
+    text = moving(phase, 4000.0, width)
+    assert len(text) <= width
+    assert ("train fgaa_sat" if width >= 80 else "train fg") in text
+    assert "12/30 epochs  1:06:40, 1:40:00 left" in text
+    assert ("loss 0.513" in text) == (width >= 80)
+    long = Phase("apgd_t(steps=100,restarts=5)" * 4, 10, "forwards", 0.0)
+    assert "0 %  10 s" in moving(long, 10.0, width)
+    assert len(moving(long, 10.0, width)) <= width
