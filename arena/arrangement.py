@@ -22,6 +22,7 @@ from arena.results import (
 from arena.specs import DatasetSpec
 from arena.threat import Threat
 from arena.usermodels import OwnPlan
+from arena.watch import Silent
 
 #: Points of a match unless the user says otherwise; data sets with fewer use all.
 DEFAULT_N = 500
@@ -84,7 +85,9 @@ def arrange(question: Question, running: Running, registry: Registry) -> Arrange
     key = _digest(
         {
             "schema": SCHEMA,
-            "model": planned.key,
+            "model": [planned.key, *_model_now(planned, running.device)],
+            "train_seed": question.train_seed,
+            "points": indices_hash(index),
             "vs": describe_entries(entries, registry),
             "data": images.sha256,
             "norm": threat.norm,
@@ -109,6 +112,21 @@ def threat_model(spec: DatasetSpec, norm: str | None, eps: str | None) -> Threat
     if eps is None and threat.norm != spec.norm:
         raise ArenaError(f"norm {threat.norm}: give eps too; the data set's default {spec.eps} is for {spec.norm}")
     return threat
+
+
+def _model_now(planned: Plan, device: str) -> tuple[str, ...]:
+    """Return what the plan's key cannot know: the package's version, or, for a user's own model, the weights at hand.
+
+    A factory may load its weights from anywhere, so only building the model tells which they are; that costs little.
+    """
+    if isinstance(planned, OwnPlan):
+        return (planned.obtain(train=False, retrain=False, device=device, watch=Silent()).id,)
+    return (planned.defense.origin, planned.backbone.origin)
+
+
+def indices_hash(index: Tensor) -> str:
+    """Hash data-set indices (n,), the points of a match."""
+    return hashlib.sha256(index.numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def _digest(fields: dict[str, Any]) -> str:

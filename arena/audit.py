@@ -6,6 +6,7 @@ match against which nothing speaks is ``not_audited``, never ``clear``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,11 @@ class AuditContext:
     """Findings of the defense check."""
 
 
-def statuses(record: dict[str, Any]) -> list[Indicator]:
-    """Flag every attack that was asked for and is not ``ok``: failure is not robustness."""
+def statuses(record: dict[str, Any], problems: Sequence[str] = ()) -> list[Indicator]:
+    """Flag every attack that was asked for and is not ``ok``: failure is not robustness.
+
+    ``problems`` say which parts of a roster could not be made.
+    """
     rows = record["attacks"]
     found = [
         Indicator(
@@ -39,6 +43,21 @@ def statuses(record: dict[str, Any]) -> list[Indicator]:
         for row in rows
         if row["status"] != "ok"
     ]
+    found += [
+        Indicator("roster_incomplete", True, evidence=text, remedy="see 'arena plugins doctor'") for text in problems
+    ]
+    nonfinite = sum(row["nonfinite"] for row in rows)
+    if nonfinite:
+        found.append(
+            Indicator(
+                "nonfinite_logits",
+                True,
+                nonfinite,
+                0,
+                f"at {nonfinite} attacked points the logits are not finite; they count as broken",
+                "make forward finite on the whole box [0, 1]: attacks stop at such points and find no others",
+            )
+        )
     none_ok = bool(rows) and all(row["status"] != "ok" for row in rows)
     if none_ok or not rows:
         found.append(
@@ -57,7 +76,7 @@ def statuses(record: dict[str, Any]) -> list[Indicator]:
 
 _REMEDY = {
     "partial": "run the same command again: it goes on where it stopped",
-    "failed": "report it to the attack's authors; 'arena show RESULT' has the error",
+    "failed": "mend it or leave it out of --vs; 'arena show RESULT --json' has all that is known",
     "unsupported": "leave it out of --vs, or change the threat model",
     "no_effect": "it never moved a pixel: check its options",
 }

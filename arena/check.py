@@ -16,7 +16,7 @@ from arena.errors import ArenaError
 from arena.objectives import best_other
 from arena.referee import exact
 from arena.specs import Indicator
-from arena.surface import Reader, Surface, selects
+from arena.surface import Reader, Surface, selects, submodule
 from arena.target import pad
 
 #: Images of the probe.
@@ -52,8 +52,10 @@ def changed_parts(model: nn.Module, before: dict[str, Tensor]) -> str:
 
 def check_defense(
     build: Callable[[], nn.Module], surface: Surface, x: Tensor, y: Tensor, n_classes: int
-) -> list[Indicator]:
-    """Probe a freshly built model with clean images (N, C, H, W); at most ``PROBE`` of them are used.
+) -> tuple[int, list[Indicator]]:
+    """Probe a freshly built model with clean images (N, C, H, W); return the width of its logits and the findings.
+
+    At most ``PROBE`` images are used.
 
     Rules: deterministic unless declared random; a row's logits do not depend on its neighbours; eval mode, parameters
     and buffers unchanged by queries; logits, not probabilities; a gradient with respect to the image exists; the
@@ -71,10 +73,16 @@ def check_defense(
     with Reader(model, surface) as read, exact():
         read(pad(x))
     selects(model, surface)
+    for name, knob in surface.knobs.items():
+        if not hasattr(submodule(model, knob.path), knob.attribute):
+            raise ArenaError(
+                f"surface: knob '{name}': '{knob.path or 'the model'}' has no attribute '{knob.attribute}'"
+            )
     found = [
         _determinism(model, surface, x, logits),
         _neighbours(model, surface, x),
         _place(model, surface, x),
+        _finite(logits),
         _logits(logits),
         _gradient(model, surface, x, y),
     ]
@@ -91,7 +99,7 @@ def check_defense(
             fatal=not same,
         )
     )
-    return found
+    return logits.shape[1], found
 
 
 def _first(model: nn.Module, x: Tensor, n_classes: int) -> Tensor:
@@ -117,8 +125,8 @@ def _spread(logits: Tensor) -> Tensor:
 def _determinism(model: nn.Module, surface: Surface, x: Tensor, logits: Tensor) -> Indicator:
     with exact():
         others = [model(pad(x))[: len(x)] for _ in range(REPEATS)]
-    gap = max(float(((z - logits).abs().amax(1) / _spread(logits)).max()) for z in others)
-    flag = gap > DRIFT and not surface.random
+    gap = float(torch.stack([((z - logits).abs().amax(1) / _spread(logits)).max() for z in others]).max())
+    flag = not gap <= DRIFT and not surface.random
     return Indicator(
         "undeclared_randomness",
         flag,
@@ -142,7 +150,8 @@ def _neighbours(model: nn.Module, surface: Surface, x: Tensor) -> Indicator:
         for k in range(0, len(x), max(1, len(x) // 4)):
             mixed = others.clone()
             mixed[k] = rows[k]
-            gap = max(gap, float((model(mixed)[k] - usual[k]).abs().max() / _spread(usual[k : k + 1])[0]))
+            seen = float((model(mixed)[k] - usual[k]).abs().max() / _spread(usual[k : k + 1])[0])
+            gap = seen if not seen <= gap else gap  # NaN stays
     flag = not gap <= NEIGHBOUR_TOLERANCE
     return Indicator(
         "depends_on_neighbours",
@@ -174,6 +183,17 @@ def _place(model: nn.Module, surface: Surface, x: Tensor) -> Indicator:
         "change with the batch size"
         if gap > 0
         else "",
+    )
+
+
+def _finite(logits: Tensor) -> Indicator:
+    flag = not bool(torch.isfinite(logits).all())
+    return Indicator(
+        "nonfinite_logits",
+        flag,
+        evidence="the logits of clean images are not finite" if flag else "",
+        remedy="make forward finite on the whole box [0, 1]" if flag else "",
+        fatal=flag,
     )
 
 

@@ -10,7 +10,7 @@ import random
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,6 +46,8 @@ class Outcome:
     """Some query, or some returned point, differed from x."""
     malformed: dict[str, int] | None = None
     """Rows that are no images at all, by kind (wrong shape or dtype)."""
+    most: int = 0
+    """Forwards of a row that stayed to the end of an ask/tell attack; 0 for plain attacks."""
     error: str = ""
     """Why the attack stopped, if it crashed."""
     trace: str = ""
@@ -106,6 +108,7 @@ def run_iterated(
     keeper: Keeper | None = None,
     progress: Progress | None = None,
     until: Callable[[], bool] | None = None,
+    draws: int = 1,
 ) -> Outcome:
     """Drive an ask/tell attack over rows.
 
@@ -120,6 +123,8 @@ def run_iterated(
         progress: called a few times a second with (forwards, rows finished); a finished row counts as having cost the
             most a row can cost, so that forwards over ``len(x) * attack.passes()[0]`` is the share done.
         until: asked now and then; True stops the run with what is known.
+        draws: passes that every query is averaged over at least; above 1 for random models, so that no row leaves at
+            one lucky draw.
 
     Returns:
         An ``Outcome``; an exception in the attack is contained and named there.
@@ -134,9 +139,11 @@ def run_iterated(
         if i in place:
             _file(outcome, place[i], row)
     if state is not None:
+        state = {k: v.to(x.device) for k, v in state.items()}
         live = torch.tensor([i in place and i not in finished for i in state["index"].tolist()], dtype=torch.bool)
-        state = _keep(state, live) if bool(live.any()) else None
-    most, told = attack.passes()[0], time.monotonic()
+        state = _keep(state, live.to(x.device)) if bool(live.any()) else None
+    most, told = attack.passes()[0] * draws, time.monotonic()
+    outcome.most = most
     active = set(state["index"].tolist()) if state is not None else set()
     queue = [k for i, k in place.items() if i not in finished and i not in active]
     done = len(finished)
@@ -152,6 +159,8 @@ def run_iterated(
                 state = fresh if state is None else _merge(state, fresh)
             assert state is not None
             query = attack.ask(state)
+            if query.draws < draws:
+                query = replace(query, draws=draws)
             if not outcome.moved:
                 outcome.moved = bool((query.points != state["x"].unsqueeze(1)).any())
             answer = target.answer(query, state["y"])
@@ -184,7 +193,7 @@ def run_iterated(
         raise
     except ArenaError as e:
         outcome.error = str(e)
-    except Exception as e:  # the attack's code or the defense's: contained and named
+    except (Exception, SystemExit) as e:  # the attack's code or the defense's: contained and named
         outcome.error, outcome.trace = f"{type(e).__name__}: {e}", traceback.format_exc()
     return outcome
 
@@ -273,7 +282,7 @@ def run_plain(
         except ArenaError as e:
             outcome.error = str(e)
             break
-        except Exception as e:  # a plugin's code: contained and named
+        except (Exception, SystemExit) as e:  # a plugin's code: contained and named
             outcome.error, outcome.trace = f"{type(e).__name__}: {e}", traceback.format_exc()
             break
         x_adv, claims = made if isinstance(made, tuple) else (made, None)
@@ -283,6 +292,9 @@ def run_plain(
             got = f"{x_adv.dtype} {tuple(x_adv.shape)}" if isinstance(x_adv, Tensor) else type(x_adv).__name__
             outcome.malformed = {"shape": (outcome.malformed or {}).get("shape", 0) + len(rows)}
             outcome.error = f"returned {got}, expected float {tuple(clean.shape)}"
+            break
+        if claims is not None and len(claims) != len(rows):
+            outcome.error = f"returned {len(claims)} claims for {len(rows)} points"
             break
         x_adv = x_adv.detach().to(clean.device, torch.float32)
         outcome.moved = outcome.moved or bool((x_adv != clean).any())

@@ -99,7 +99,7 @@ class AttackKeeper:
         if kept is None:
             return rows, None, moved
         moved = bool(kept.pop("moved")) or moved
-        return rows, {k: torch.from_numpy(v) for k, v in kept.items()}, moved
+        return rows, {k.removeprefix(_STATE): torch.from_numpy(v) for k, v in kept.items()}, moved
 
     def finished(self, rows: dict[int, Row], moved: bool) -> None:
         """Buffer finished rows until the next snapshot."""
@@ -123,7 +123,7 @@ class AttackKeeper:
             self._pending = {}
         path = self.folder / f"{self.name}.state.npz"
         if state is not None:
-            _write(path, {**{k: v.detach().cpu().numpy() for k, v in state.items()}, "moved": np.array(moved)})
+            _write(path, {**{_STATE + k: v.detach().cpu().numpy() for k, v in state.items()}, "moved": np.array(moved)})
         else:
             path.unlink(missing_ok=True)
         spent = f"{time.monotonic() - self._born:.3f}"
@@ -131,6 +131,8 @@ class AttackKeeper:
         self._last = time.monotonic()
 
 
+#: Keeps an attack's own state keys apart from the journal's and from the file format's.
+_STATE = "state."
 _NUMBERS = ((1, "forwards"), (2, "backwards"), (3, "claim"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 
 from arena.entries import parse
 from arena.errors import ArenaError, unknown
@@ -39,6 +40,8 @@ class Group:
     name: str
     roster: Registered[RosterSpec] | None
     attacks: tuple[Planned, ...]
+    problems: tuple[str, ...] = ()
+    """What of the roster could not be made, in words; such a roster is never complete."""
 
 
 def check_entries(entries: tuple[str, ...], registry: Registry) -> tuple[str, ...]:
@@ -99,14 +102,23 @@ def line_up(
             groups.append(Group(entry, None, (_attack(name, given, registry),)))
             continue
         roster = registry.get("roster", name)
-        wanted = expand(roster.spec, surface, threat, n_classes)
-        if roster.spec.from_surface:
-            wanted += registry.adaptive(surface, threat, n_classes)
         attacks: dict[str, Planned] = {}
-        for attack, options in wanted:
+        for attack, options in expand(roster.spec, surface, threat, n_classes):
             planned = _attack(attack, options, registry)
             attacks.setdefault(planned.name, planned)
-        groups.append(Group(name, roster, tuple(attacks.values())))
+        problems: list[str] = []
+        if roster.spec.from_surface:
+            known = len(registry.problems)
+            for made in registry.adaptive(surface, threat, n_classes):
+                try:
+                    attack, options = made
+                    planned = _attack(attack, options, registry)
+                except (ArenaError, TypeError, ValueError, AttributeError) as e:
+                    problems.append(f"a plugin's arena_adaptive_attacks gave {made!r}: {e}")
+                    continue
+                attacks.setdefault(planned.name, planned)
+            problems += map(str, registry.problems[known:])
+        groups.append(Group(name, roster, tuple(attacks.values()), tuple(problems)))
     return groups
 
 
@@ -123,5 +135,11 @@ def describe(entries: tuple[str, ...], registry: Registry) -> list[list[str]]:
                     [entry, p.distribution, p.version] for p in registry.plugins if "arena_adaptive_attacks" in p.hooks
                 ]
         else:
-            rows.append([entry, _attack(name, given, registry).spec.origin, ""])
+            found = _attack(name, given, registry).spec
+            rows.append([entry, found.origin, _library_version(found.spec.name)])
     return rows
+
+
+def _library_version(attack: str) -> str:
+    package = {"foolbox": "foolbox", "art": "adversarial-robustness-toolbox"}.get(attack)
+    return metadata.version(package) if package else ""

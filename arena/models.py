@@ -60,7 +60,7 @@ class TrainedPlan:
     stages: Sequence[Stage]
     checkpoint: Path | None
     surface: Surface | None
-    """From a file; None: the defense's own."""
+    """From a file: adds to the defense's own, hides nothing of it."""
     starts: Mapping[str, TrainedPlan]
     """Plans of the defenses that stages start from."""
 
@@ -234,12 +234,8 @@ class TrainedPlan:
         return model
 
     def _surface(self, model: nn.Module) -> Surface:
-        if self.surface is not None:
-            return self.surface
-        if self.defense.spec.surface is None:
-            return Surface()
-        found: Surface = load(self.defense.spec.surface)(model)
-        return found
+        declared = Surface() if self.defense.spec.surface is None else load(self.defense.spec.surface)(model)
+        return declared if self.surface is None else declared.with_more(self.surface)
 
     def _contender(self, weights: Mapping[str, Tensor], trained: Mapping[str, Any], where: str) -> Contender:
         spec = self.defense.spec

@@ -12,20 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arena.arrangement import Arrangement
+from arena.arrangement import Arrangement, indices_hash
 from arena.attack import Setup, Unsupported
 from arena.audit import AuditContext, statuses, verdict
 from arena.check import PROBE, changed_parts, check_defense, state_hash
 from arena.datasets import to_float
 from arena.diagnosis import diagnose
 from arena.engine import Outcome, run_iterated, run_plain
-from arena.errors import ArenaError
 from arena.journal import AttackKeeper, Journal
 from arena.lineup import Group, Planned, line_up
 from arena.models import Contender
 from arena.plugins import Registry
 from arena.question import Running
-from arena.referee import Judgement, Referee
+from arena.referee import DRAWS, Judgement, Referee
 from arena.results import (
     SCHEMA,
     Played,
@@ -67,6 +66,8 @@ class Playing:
         self.index = arranged.index.to(device)
         self.surface = contender.surface
         self.referee = Referee(self._build(), arranged.threat, self.surface.random, device)
+        self.n_classes = images.n_classes
+        """Width of the logits, known after the check; at least the data set's classes."""
         self.examples: dict[int, Tensor] = {}
         """The first verified break of each point, by position."""
 
@@ -79,7 +80,7 @@ class Playing:
         self.target = Target(
             model,
             self.surface,
-            self.arranged.images.n_classes,
+            self.n_classes,
             self.running.batch_size or DEFAULT_BATCH,
             self.running.device,
         )
@@ -90,10 +91,10 @@ class Playing:
     def run(self) -> tuple[dict[str, Any], Outcomes]:
         """Play everything; return the record and what became of each point."""
         arranged, images = self.arranged, self.arranged.images
-        findings = check_defense(self._build, self.surface, self.x, self.y, images.n_classes)
-        self.correct = (self.referee.score(self.x, self.y).predicted == self.y).cpu()
+        self.n_classes, findings = check_defense(self._build, self.surface, self.x, self.y, images.n_classes)
+        self.correct = (self.referee.score(self.x, self.y, self.index).predicted == self.y).cpu()
         natural, interval = share(self.correct)
-        groups = line_up(arranged.entries, self.registry, self.surface, arranged.threat, images.n_classes)
+        groups = line_up(arranged.entries, self.registry, self.surface, arranged.threat, self.n_classes)
         record = self._head(natural, interval)
         self.registry.announce("arena_match_started", record=copy.deepcopy(record))
         rows: list[tuple[Group, Played]] = []
@@ -145,8 +146,11 @@ class Playing:
         except Unsupported as e:
             played.status, played.error = "unsupported", str(e)
             return played
+        except (Exception, SystemExit) as e:  # code of a plugin that cannot be loaded or made: contained and named
+            played.status, played.error = "failed", f"{type(e).__name__}: {e}"
+            return played
         played.seconds = max(keeper.seconds(), before)
-        verdict = self.referee.judge(self.x[rows], outcome.x_adv, self.y[rows])
+        verdict = self.referee.judge(self.x[rows], outcome.x_adv, self.y[rows], self.index[rows])
         self._enter(played, rows, outcome, verdict)
         self._still_the_same(planned, played, findings)
         return played
@@ -156,16 +160,10 @@ class Playing:
         x, y, index = self.x[rows], self.y[rows], self.index[rows]
         stream = Stream.of(arranged.question.seed, planned.name)
         if spec.iterate:
-            setup = Setup(arranged.threat, arranged.images.n_classes, self.surface, arranged.images.shape, stream)
-            try:
-                attack = load(spec.iterate)(setup, **planned.options)
-            except (Unsupported, ArenaError):
-                raise
-            except Exception as e:  # a plugin's code: contained and named
-                failed = Outcome.empty(x)
-                failed.error = f"{type(e).__name__}: {e}"
-                return failed
-            self.watch.phase(planned.name, len(x) * attack.passes()[0], "forwards")
+            setup = Setup(arranged.threat, self.n_classes, self.surface, arranged.images.shape, stream)
+            attack = load(spec.iterate)(setup, **planned.options)
+            draws = DRAWS if self.surface.random else 1
+            self.watch.phase(planned.name, len(x) * attack.passes()[0] * draws, "forwards")
             return run_iterated(
                 attack,
                 self.target,
@@ -175,6 +173,7 @@ class Playing:
                 None,
                 keeper,
                 lambda forwards, done: self.watch.advance(forwards, f"{done} of {len(x)} points done"),
+                draws=draws,
             )
         assert spec.run is not None
         options = dict(planned.options)
@@ -196,8 +195,13 @@ class Playing:
     def _enter(self, played: Played, rows: Tensor, outcome: Outcome, verdict: Judgement) -> None:
         """Write the referee's word into the row; verified breaks always count."""
         broken = verdict.broken.cpu()
-        played.attempted[rows] = outcome.attempted.cpu()
+        # A random model may let a point leave early at lucky draws: without the majority's word it was not attempted.
+        early = outcome.forwards.cpu() < outcome.most
+        unlucky = early & ~broken & self.surface.random
+        lucky = int(unlucky.sum())
+        played.attempted[rows] = outcome.attempted.cpu() & ~unlucky
         played.broken[rows] = broken
+        played.nonfinite = verdict.nonfinite
         played.forwards, played.backwards = int(outcome.forwards.sum()), int(outcome.backwards.sum())
         played.borderline = verdict.borderline
         played.violations = dict(verdict.violations)
@@ -213,6 +217,9 @@ class Playing:
         elif played.violations:
             kinds = ", ".join(f"{count} {kind}" for kind, count in played.violations.items())
             played.status, played.error = "failed", f"of {len(rows)} points returned: {kinds}"
+        elif lucky:
+            played.status = "partial"
+            played.error = f"{lucky} points left at draws that the majority does not confirm: the model is random"
         elif not bool(outcome.attempted.all()):
             played.status = "partial"
         elif not outcome.moved:
@@ -264,7 +271,7 @@ class Playing:
                 "train_seed": question.train_seed,
                 "train_norm": question.train_norm,
                 "train_eps": question.train_eps,
-                "indices_sha256": hashlib.sha256(arranged.index.numpy().astype("<i8").tobytes()).hexdigest(),
+                "indices_sha256": indices_hash(arranged.index),
                 "data_sha256": arranged.images.sha256,
                 "subset_rule": arranged.images.subset_rule,
                 "card": question.card,
@@ -295,14 +302,13 @@ class Playing:
         record["rosters"] = [roster_row(g, [p for h, p in played if h is g], self.correct) for g in groups]
         record["sweeps"] = sweep_rows(rows, self.correct)
         worst, standing = worst_case(rows, self.correct)
-        if not rows:  # not played: there is no number to believe
-            worst = {"robust_accuracy": None, "ci95": None, "broken_by": {}}
         record["worst_case"] = worst
         places = sorted(self.examples)
         x_adv = torch.stack([self.examples[k] for k in places]) if places else self.x[:0].cpu()
         record["examples"] = keep_examples(record["id"], x_adv, self.arranged.index[places])
         record["diagnosis"] = self._diagnosis(findings, x_adv)
-        indicators = [*findings, *statuses(record)]
+        problems = [f"{g.name}: {problem}" for g in groups for problem in g.problems]
+        indicators = [*findings, *statuses(record, problems)]
         indicators += self.registry.audit(AuditContext(record, tuple(indicators)))
         record["audit"] = {"verdict": verdict(indicators), "indicators": [i.record() for i in indicators]}
         record["notes"] = [*self.arranged.notes, *map(str, self.registry.problems)]
@@ -316,4 +322,4 @@ class Playing:
         if any(i.flag and i.fatal for i in findings):
             return None
         model = self._build()
-        return diagnose(model, self.surface, self.x, self.y, x_adv.to(self.x.device), self.arranged.images.n_classes)
+        return diagnose(model, self.surface, self.x, self.y, x_adv.to(self.x.device), self.n_classes)

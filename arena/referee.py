@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from arena.objectives import best_other
+from arena.target import PAD
 from arena.threat import Threat
 
 #: Rows a batch; constant, so that a point's logits do not depend on how many others are scored.
@@ -37,7 +38,6 @@ class Scores:
     """(N,) float32: true logit minus best other, divided by the logits' spread; negative is misclassified."""
     agreement: Tensor
     """(N,) float32: share of draws that gave ``predicted``; 1 for deterministic models."""
-    heads: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,11 @@ class Judgement:
     margin: Tensor
     """(N,) float32, of ``Scores``; +inf where invalid."""
     violations: dict[str, int]
-    """Rows by kind of violation: ``nan, box, ball, nonfinite_logits``."""
+    """Rows by kind of violation: ``nan, box, ball``."""
     borderline: int
     """Valid rows whose margin is within rounding of zero."""
+    nonfinite: int = 0
+    """Valid rows at which the model's logits are not finite."""
 
 
 @dataclass
@@ -69,52 +71,60 @@ class Referee:
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
 
-    def score(self, x: Tensor, y: Tensor) -> Scores:
-        """Score images (N, C, H, W) against labels (N,)."""
-        draws = DRAWS if self.random else 1
-        predicted, margins, agreement = [], [], []
-        with exact():
-            for start in range(0, len(x), BATCH):
-                rows, labels = x[start : start + BATCH], y[start : start + BATCH]
-                seen = [self._logits(rows, start * DRAWS + d) for d in range(draws)]
-                votes = torch.stack([_predict(z) for z in seen])
-                winner = votes.mode(0).values
-                predicted.append(winner)
-                agreement.append((votes == winner).float().mean(0))
-                margins.append(torch.stack([relative_margin(z, labels) for z in seen]).median(0).values)
-        if not predicted:
+    def score(self, x: Tensor, y: Tensor, index: Tensor) -> Scores:
+        """Score images (N, C, H, W) against labels (N,).
+
+        ``index`` (N,) are data-set indices: a random model's draws on a point belong to the point, so that scoring it
+        again, alone or among others, gives the same word.
+        """
+        if not len(x):
             empty = x.new_zeros(0)
             return Scores(empty.long(), empty, empty)
-        return Scores(torch.cat(predicted), torch.cat(margins), torch.cat(agreement))
+        with exact():
+            if self.random:
+                drawn = [self._drawn(x[k], y[k], int(index[k])) for k in range(len(x))]
+                return Scores(*(torch.stack(part) for part in zip(*drawn, strict=True)))
+            logits = torch.cat([self._logits(x[k : k + BATCH]) for k in range(0, len(x), BATCH)])
+        return Scores(_predict(logits), relative_margin(logits, y), torch.ones(len(x), device=x.device))
 
-    def _logits(self, rows: Tensor, draw: int) -> Tensor:
+    def _logits(self, rows: Tensor) -> Tensor:
         fixed = torch.cat((rows, rows[-1:].expand(BATCH - len(rows), *rows.shape[1:])))
-        if not self.random:
-            out: Tensor = self.model(fixed.to(self.device))
-        else:
-            with torch.random.fork_rng():
-                torch.manual_seed(DRAW_SEED + draw)
-                out = self.model(fixed.to(self.device))
+        out: Tensor = self.model(fixed.to(self.device))
         return out[: len(rows)].float()
 
-    def judge(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Judgement:
-        """Check each returned point (N, C, H, W) against its clean image and label."""
+    def _drawn(self, x: Tensor, y: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return one point's majority class, median margin and agreement over its own draws."""
+        batch = x.unsqueeze(0).expand(PAD, *x.shape).to(self.device)
+        seen = []
+        with torch.random.fork_rng():
+            for draw in range(DRAWS):
+                torch.manual_seed(DRAW_SEED + index * DRAWS + draw)
+                seen.append(self.model(batch)[:1].float())
+        logits = torch.cat(seen)
+        votes = _predict(logits)
+        winner = votes.mode().values
+        margin = relative_margin(logits, y.expand(DRAWS)).median()
+        return winner, margin, (votes == winner).float().mean()
+
+    def judge(self, x: Tensor, x_adv: Tensor, y: Tensor, index: Tensor) -> Judgement:
+        """Check each returned point (N, C, H, W) against its clean image and label; ``index`` as in ``score``.
+
+        A point at which the logits are not finite is not classified correctly: it counts as broken.
+        """
         finite = torch.isfinite(x_adv).flatten(1).all(1)
         box = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
         ball = self.threat.inside(x, x_adv.nan_to_num(nan=2.0))
         valid = finite & box & ball
         kinds = {"nan": ~finite, "box": finite & ~box, "ball": finite & box & ~ball}
         broken = torch.zeros_like(valid)
-        margin = torch.full((len(x),), torch.inf)
+        margin = torch.full((len(x),), torch.inf, device=x.device)
         rows = valid.nonzero().squeeze(1)
-        scores = self.score(x_adv[rows], y[rows])
-        sound = scores.predicted >= 0
-        broken[rows] = (scores.predicted != y[rows]) & sound
+        scores = self.score(x_adv[rows], y[rows], index[rows])
+        broken[rows] = scores.predicted != y[rows]
         margin[rows] = scores.margin
         violations = {k: int(v.sum()) for k, v in kinds.items() if bool(v.any())}
-        if not bool(sound.all()):
-            violations["nonfinite_logits"] = int((~sound).sum())
-        return Judgement(broken, valid, margin, violations, int((margin.abs() < BORDERLINE).sum()))
+        nonfinite = int((scores.predicted < 0).sum())
+        return Judgement(broken, valid, margin, violations, int((margin.abs() < BORDERLINE).sum()), nonfinite)
 
 
 def _predict(logits: Tensor) -> Tensor:

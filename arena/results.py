@@ -51,7 +51,14 @@ class Played:
     seconds: float = 0.0
     violations: dict[str, int] = field(default_factory=dict)
     borderline: int = 0
+    nonfinite: int = 0
+    """Points at which the model's logits were not finite; they count as broken."""
     error: str = ""
+
+    @property
+    def worked(self) -> bool:
+        """Whether its silence about a point says anything."""
+        return self.status in ("ok", "partial")
 
 
 def share(standing: Tensor) -> tuple[float, list[float]]:
@@ -63,7 +70,7 @@ def share(standing: Tensor) -> tuple[float, list[float]]:
 
 def attack_row(played: Played, correct: Tensor, unique: int | None = None) -> dict[str, Any]:
     """Return an attack's row of the record; ``correct`` (n,) are the naturally correct points."""
-    complete = bool((played.attempted | ~correct).all())
+    complete = played.status == "ok" and bool((played.attempted | ~correct).all())
     robust = share(correct & ~played.broken) if complete else None
     return {
         "name": played.planned.name,
@@ -84,6 +91,7 @@ def attack_row(played: Played, correct: Tensor, unique: int | None = None) -> di
         "seconds": round(played.seconds, 3),
         "violations": played.violations,
         "borderline": played.borderline,
+        "nonfinite": played.nonfinite,
         "error": played.error or None,
     }
 
@@ -94,9 +102,9 @@ def roster_row(group: Group, rows: Sequence[Played], correct: Tensor) -> dict[st
     for played in rows:
         standing &= ~played.broken
     met_all = all(bool((p.attempted | p.broken | ~p.met).all()) for p in rows)
-    complete = len(rows) == len(group.attacks) and met_all and all(p.status == "ok" for p in rows)
-    worked = any(p.status in ("ok", "partial") or bool(p.broken.any()) for p in rows)
-    robust, interval = share(standing) if worked else (None, None)
+    whole = len(rows) == len(group.attacks) and met_all and not group.problems
+    complete = whole and all(p.status == "ok" for p in rows)
+    robust, interval = share(standing) if _speak(rows) else (None, None)
     return {
         "name": group.name,
         "robust_accuracy": robust,
@@ -117,7 +125,7 @@ def sweep_rows(rows: Sequence[Played], correct: Tensor) -> list[dict[str, Any]]:
         standing = correct.clone()
         for played in members:
             standing &= ~played.broken
-        robust, interval = share(standing)
+        robust, interval = share(standing) if _speak(members) else (None, None)
         found.append(
             {"name": name, "robust_accuracy": robust, "ci95": interval, "members": [p.planned.name for p in members]}
         )
@@ -136,14 +144,22 @@ def worst_case(rows: Sequence[Played], correct: Tensor) -> tuple[dict[str, Any],
         if bool(fresh.any()):
             first[played.planned.name] += int(fresh.sum())
         standing &= ~played.broken
-    robust, interval = share(standing)
+    robust, interval = share(standing) if _speak(rows) else (None, None)
     return {"robust_accuracy": robust, "ci95": interval, "broken_by": dict(first)}, standing
+
+
+def _speak(rows: Sequence[Played]) -> bool:
+    """Tell whether there is a number at all: some attack worked, or a break was verified."""
+    return any(p.worked or bool(p.broken.any()) for p in rows)
 
 
 def unique_breaks(rows: Sequence[Played]) -> list[int]:
     """Return, for each attack, how many points only it broke; meaningful when all met all points."""
-    total = torch.stack([p.broken.long() for p in rows]).sum(0) if rows else torch.zeros(0)
-    return [int((p.broken & (total == 1)).sum()) for p in rows]
+    by_name: dict[str, Tensor] = {}  # an attack that stands in two entries is one attack
+    for p in rows:
+        by_name[p.planned.name] = by_name.get(p.planned.name, torch.zeros_like(p.broken)) | p.broken
+    total = torch.stack([b.long() for b in by_name.values()]).sum(0) if rows else torch.zeros(0)
+    return [int((by_name[p.planned.name] & (total == 1)).sum()) for p in rows]
 
 
 # -- examples ---------------------------------------------------------------------------------------------------

@@ -278,7 +278,9 @@ class Indicator:
     def record(self) -> dict[str, Any]:
         """Return the JSON form."""
         keys = ("name", "flag", "value", "threshold", "evidence", "remedy")
-        return {k: getattr(self, k) for k in keys}
+        plain = {k: getattr(self, k) for k in keys}
+        # JSON has no NaN or infinity
+        return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
 
 
 def expand(roster: RosterSpec, surface: Surface, threat: Threat, n_classes: int) -> list[Entry]:

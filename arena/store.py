@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import sqlalchemy as sa
 
 from arena.errors import ArenaError
 from arena.home import home
+from arena.threat import Threat
 
 SCHEMA = 1
 _BUSY_SECONDS = 30
@@ -114,10 +114,7 @@ def exact(eps: str) -> str:
     Raises:
         ArenaError: no number or fraction.
     """
-    try:
-        return str(Fraction(str(eps).replace(" ", "")))
-    except (ValueError, ZeroDivisionError):
-        raise ArenaError(f"eps '{eps}': expected a number or a fraction such as 8/255 or 0.03") from None
+    return str(Threat.parse("L1", eps).fraction)
 
 
 class Store:
@@ -261,9 +258,11 @@ def open_store(url: str | None = None) -> Store:
     Raises:
         ArenaError: damaged, foreign or newer than this code knows, unreachable, or a URL that cannot be read.
     """
-    url = url or os.environ.get("ARENA_STORE") or ""
+    url: str | sa.URL = url or os.environ.get("ARENA_STORE") or ""
     if not url:
-        url = f"sqlite:///{home() / 'arena.db'}"
+        url = sa.URL.create(
+            "sqlite", database=str(home() / "arena.db")
+        )  # a path may hold characters a URL gives meaning
     try:
         parsed = sa.make_url(url)
         backend = parsed.get_backend_name()

@@ -82,12 +82,35 @@ class Surface:
     """Fallback where hooks cannot reach: (model, x) -> {"logits": (N, K), head name: (N, K), ...}."""
 
     def __post_init__(self) -> None:
+        for name, gate in self.gates.items():
+            if gate.shape not in ("example", "element") or gate.clean not in (0, 1):
+                raise ArenaError(f"surface: gate '{name}': expected shape example or element, and clean 0 or 1")
+        for name, knob in self.knobs.items():
+            if knob.kind not in ("temperature", "detach", "constant"):
+                raise ArenaError(
+                    f"surface: knob '{name}': kind '{knob.kind}', expected temperature, detach or constant"
+                )
         for name, selection in self.selections.items():
+            if not selection.path and not selection.scores:
+                raise ArenaError(
+                    f"surface: selection '{name}': expected the path of a Select, or the head that scores it"
+                )
             if selection.scores and selection.scores not in self.heads:
                 raise ArenaError(
                     f"surface: selection '{name}': scores '{selection.scores}' is no head"
                     f"{nearest(selection.scores, self.heads)}"
                 )
+
+    def with_more(self, other: Surface) -> Surface:
+        """Return this surface and what ``other`` declares beside it; of equal names, the other's."""
+        return Surface(
+            {**self.heads, **other.heads},
+            {**self.gates, **other.gates},
+            {**self.selections, **other.selections},
+            {**self.knobs, **other.knobs},
+            self.random or other.random,
+            other.readout or self.readout,
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return the JSON form, for records and keys."""

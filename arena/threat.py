@@ -8,6 +8,7 @@ Importing this module does not import torch.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -49,6 +50,8 @@ class Threat:
         norm = by_lower[norm.lower()]
         text = str(eps).strip().replace(" ", "")
         try:
+            if re.search(r"e[+-]?\d{3}", text, re.IGNORECASE):  # Fraction would build the whole integer
+                raise ValueError(text)
             value = Fraction(text)
         except (ValueError, ZeroDivisionError):
             raise ArenaError(f"eps '{eps}': expected a number or a fraction such as 8/255 or 0.03") from None

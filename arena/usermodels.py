@@ -53,6 +53,7 @@ class OwnPlan:
             ArenaError: the factory fails or returns no module, or the checkpoint does not fit.
         """
         model = self._make()
+        source = self._source()
         trained: dict[str, Any] = {"weights": "factory"}
         if self.checkpoint is not None:
             weights = read_weights(self.checkpoint)
@@ -64,12 +65,12 @@ class OwnPlan:
             }
         return Contender(
             name=self.name,
-            id=model_id(model, self.source, self.name.rpartition(":")[2]),
+            id=model_id(model, source, self.name.rpartition(":")[2]),
             key=self.key,
             backbone=None,
             options={},
             eval_options={},
-            trained=trained | {"source_sha256": self.source},
+            trained=trained | {"source_sha256": source},
             parameters=count(model),
             twin="",
             origin="",
@@ -77,6 +78,15 @@ class OwnPlan:
             factory=self._make,
             weights=snapshot(model),
         )
+
+    def _source(self) -> str:
+        """Hash the factory's file and every module of its folder that is loaded by now."""
+        digest = hashlib.sha256(self.source.encode())
+        files = {getattr(m, "__file__", None) for m in list(sys.modules.values())}
+        inside = sorted(Path(f) for f in files if f and Path(f).parent == self.folder and f.endswith(".py"))
+        for path in inside:
+            digest.update(hash_file(path).encode())
+        return digest.hexdigest()
 
     def _make(self) -> nn.Module:
         # The seed makes weights that a factory draws at random the same every time.

@@ -23,7 +23,7 @@ from arena.errors import ArenaError
 from arena.home import home
 from arena.models import Contender, plan
 from arena.plugins import Registry
-from arena.referee import Referee
+from arena.referee import BORDERLINE, Referee
 from arena.results import examples_hash, share
 from arena.store import open_store
 from arena.threat import Threat
@@ -56,6 +56,8 @@ class Verification:
     claimed: int
     """Examples handed over."""
     confirmed: int
+    natural_errors: int
+    """Examples of points that are misclassified without an attack: no breaks, whatever they show."""
     refuted: int
     """Inside ball and box, yet classified correctly, beyond rounding."""
     borderline: int
@@ -124,8 +126,13 @@ def verify(
     )
     contender = planned.obtain(train=False, retrain=False, device=device, watch=watch)
     x_adv, rows = read_examples(claim.file)
-    lines = [] if claim.record is None else _matches(claim.record, contender, images, x_adv, rows)
-    return _score(claim, contender, images, x_adv, rows, lines, device)
+    try:
+        lines = [] if claim.record is None else _matches(claim.record, contender, images, x_adv, rows)
+        return _score(claim, contender, images, x_adv, rows, lines, device)
+    except (KeyError, TypeError, AttributeError, IndexError) as e:
+        if claim.record is None:
+            raise
+        raise ArenaError(f"{what}: not a result of arena ({type(e).__name__}: {e})") from None
 
 
 def _claim(
@@ -159,6 +166,10 @@ def _claim(
         record = open_store().get(what)
     try:
         asked, threat = record["asked"], record["asked"]["threat"]
+        given = {"norm": norm, "eps": eps, "train_seed": train_seed, "train_norm": train_norm, "train_eps": train_eps}
+        odd = [f"--{k.replace('_', '-')}" for k, v in given.items() if v is not None]
+        if odd:
+            raise ArenaError(f"{what}: a result says its own threat model and training; leave out {', '.join(odd)}")
         own = ":" in record["defense"].partition("(")[0]
         if own and against is None:
             raise ArenaError(
@@ -239,18 +250,21 @@ def _score(
     referee = Referee(contender.build().to(device), claim.threat, contender.surface.random, device)
     points = rows if claim.record is None else images.subset(claim.record["asked"]["n"])
     clean, labels = to_float(images.x_test[points]).to(device), images.y_test[points].to(device)
-    correct = (referee.score(clean, labels).predicted == labels).cpu()
+    correct = (referee.score(clean, labels, points).predicted == labels).cpu()
     x, y = to_float(images.x_test[rows]).to(device), images.y_test[rows].to(device)
-    word = referee.judge(x, x_adv.to(device), y)
-    broken = set(rows[word.broken.cpu()].tolist())
+    word = referee.judge(x, x_adv.to(device), y, rows)
+    right = (referee.score(x, y, rows).predicted == y).cpu()
+    broken = set(rows[word.broken.cpu() & right].tolist())
     standing = correct & torch.tensor([int(i) not in broken for i in points.tolist()], dtype=torch.bool)
-    standing_claim = word.valid & ~word.broken
-    borderline = int((standing_claim & (word.margin.abs() < 1e-4)).sum())
+    standing_claim = (word.valid & ~word.broken).cpu() & right
+    borderline = int((standing_claim & (word.margin.cpu().abs() < BORDERLINE)).sum())
     refuted = int(standing_claim.sum()) - borderline
     natural, robust, interval = share(correct)[0] if len(correct) else 0.0, None, None
     if claim.record is not None:
         robust, interval = share(standing)
-        lines += _differences(claim.record, natural, robust, borderline)
+        lines += _differences(claim.record, natural, robust, interval, len(rows), borderline)
+    if not bool(right.all()):
+        lines.append(f"{int((~right).sum())} of {len(rows)} examples are of points misclassified without an attack")
     if refuted:
         lines.append(f"{refuted} of {len(rows)} examples are classified correctly")
     if word.violations:
@@ -260,6 +274,7 @@ def _score(
         not lines,
         len(rows),
         len(broken),
+        int((~right).sum()),
         refuted,
         borderline,
         word.violations,
@@ -271,14 +286,34 @@ def _score(
     )
 
 
-def _differences(record: dict[str, Any], natural: float, robust: float, borderline: int) -> list[str]:
-    n = record["asked"]["n"]
+def _differences(
+    record: dict[str, Any], natural: float, robust: float, interval: list[float], kept: int, borderline: int
+) -> list[str]:
+    """Compare what a record says with what its examples show, and with the stored record of the same id."""
+    n, worst = record["asked"]["n"], record["worst_case"]
     slack = 100.0 * borderline / n + 1e-9
     found = []
     for name, said, seen in (
         ("natural accuracy", record["natural"]["accuracy"], natural),
-        ("worst case", record["worst_case"]["robust_accuracy"], robust),
+        ("worst case", worst["robust_accuracy"], robust),
+        ("worst case's lower end", (worst["ci95"] or [None])[0], interval[0]),
+        ("worst case's upper end", (worst["ci95"] or [None, None])[1], interval[1]),
     ):
-        if said is not None and abs(said - seen) > slack:
+        if said is None:
+            if kept:
+                found.append(f"{name}: the result says none, the referee finds {seen:.2f} %")
+        elif abs(said - seen) > slack:
             found.append(f"{name}: the result says {said:.2f} %, the referee finds {seen:.2f} %")
+    if sum(worst["broken_by"].values()) != kept:
+        found.append(f"broken_by names {sum(worst['broken_by'].values())} points, {kept} examples are kept")
+    for row in record["rosters"]:
+        if row["robust_accuracy"] is not None and row["robust_accuracy"] < robust - slack:
+            found.append(f"entry {row['name']}: {row['robust_accuracy']:.2f} % is below the worst case")
+    try:
+        stored = open_store().get(record["id"])
+    except ArenaError:
+        return found  # somebody else's result: nothing to compare it with
+    odd = [k for k in record if record[k] != stored.get(k)] + [k for k in stored if k not in record]
+    if odd:
+        found.append(f"it differs from the stored result {record['id']} in: {', '.join(dict.fromkeys(odd))}")
     return found

@@ -13,7 +13,7 @@ _LOSSES = ("ce", "margin", "dlr")
 
 
 def _steps(default: int) -> Option:
-    return Option(default, "gradient steps a restart, at least 1", low=1)
+    return Option(default, "gradient steps a restart, 1 to a million", low=1, high=1_000_000)
 
 
 def _restarts(default: int = 1) -> Option:

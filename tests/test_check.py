@@ -11,7 +11,7 @@ from torch import nn
 
 from arena.check import check_defense
 from arena.errors import ArenaError
-from arena.surface import Head, Surface
+from arena.surface import Head, Knob, Surface
 
 sys.path.insert(0, str(Path(__file__).parent / "packages" / "cheats"))
 import arena_cheats
@@ -21,7 +21,7 @@ Y = torch.arange(40) % 10
 
 
 def flags(build, surface=None):
-    return {i.name: i for i in check_defense(build, surface or Surface(), X, Y, 10) if i.flag}
+    return {i.name: i for i in check_defense(build, surface or Surface(), X, Y, 10)[1] if i.flag}
 
 
 def test_an_honest_model_passes():
@@ -94,7 +94,7 @@ def test_last_bits_that_depend_on_the_place_in_the_batch_are_said_but_no_flag():
             return self.last(torch.tanh(self.mix(x.flatten(1))))
 
     model = Odd()
-    found = {i.name: i for i in check_defense(lambda: model, Surface(), X, Y, 10)}["depends_on_place"]
+    found = {i.name: i for i in check_defense(lambda: model, Surface(), X, Y, 10)[1]}["depends_on_place"]
     with torch.no_grad():
         same = bool(model(X[:32].flip(0)).flip(0).eq(model(X[:32])).all())
     assert not found.flag
@@ -114,3 +114,23 @@ def test_a_head_that_never_fires_is_refused():
 
     with pytest.raises(ArenaError, match=r"head 'a' at 'idle' .* never fired"):
         check_defense(Idle, Surface(heads={"a": Head("idle")}), X, Y, 10)
+
+
+def test_logits_that_are_not_finite_void_the_match():
+    class Nan(arena_cheats.Base):
+        def forward(self, x):
+            return self.scores(x) * float("nan")
+
+    found = flags(Nan)
+    assert found["nonfinite_logits"].fatal
+    assert all(v == v for i in found.values() for v in i.record().values())
+
+
+def test_a_knob_that_is_not_there_is_refused():
+    surface = Surface(knobs={"t": Knob("linear", "tau")})
+    with pytest.raises(ArenaError, match="knob 't': 'linear' has no attribute 'tau'"):
+        check_defense(arena_cheats.honest, surface, X, Y, 10)
+
+
+def test_the_width_of_the_logits_is_told():
+    assert check_defense(arena_cheats.honest, Surface(), X, Y % 3, 3)[0] == 10

@@ -25,17 +25,18 @@ def threshold(bound: float = 0.5) -> nn.Module:
 
 X = torch.full((4, 1, 2, 2), 0.45)
 Y = torch.zeros(4, dtype=torch.int64)
+I = torch.arange(4)
 
 
 def test_a_planted_break_inside_the_ball_counts():
-    word = Referee(threshold(), Threat.parse("Linf", "0.1")).judge(X, X + 0.09, Y)
+    word = Referee(threshold(), Threat.parse("Linf", "0.1")).judge(X, X + 0.09, Y, I)
     assert word.broken.all()
     assert word.violations == {}
     assert (word.margin < 0).all()
 
 
 def test_the_same_break_outside_the_ball_does_not():
-    word = Referee(threshold(), Threat.parse("Linf", "0.08")).judge(X, X + 0.09, Y)
+    word = Referee(threshold(), Threat.parse("Linf", "0.08")).judge(X, X + 0.09, Y, I)
     assert not word.broken.any()
     assert word.violations == {"ball": 4}
 
@@ -51,7 +52,7 @@ def test_the_same_break_outside_the_ball_does_not():
     ],
 )
 def test_violations_are_counted_by_kind(x_adv, kind):
-    word = Referee(threshold(), Threat.parse("Linf", "0.1")).judge(X, x_adv, Y)
+    word = Referee(threshold(), Threat.parse("Linf", "0.1")).judge(X, x_adv, Y, I)
     assert word.violations == {kind: 4}
     assert not word.broken.any()
     assert not word.valid.any()
@@ -60,25 +61,26 @@ def test_violations_are_counted_by_kind(x_adv, kind):
 def test_one_bad_row_does_not_spoil_the_others():
     x_adv = X + 0.09
     x_adv[2] = float("nan")
-    word = Referee(threshold(), Threat.parse("Linf", "0.1")).judge(X, x_adv, Y)
+    word = Referee(threshold(), Threat.parse("Linf", "0.1")).judge(X, x_adv, Y, I)
     assert word.broken.tolist() == [True, True, False, True]
     assert word.violations == {"nan": 1}
 
 
-def test_logits_that_are_not_finite_are_no_break():
+def test_logits_that_are_not_finite_are_no_right_answer():
     class Nan(nn.Module):
         def forward(self, x):
             return torch.full((len(x), 2), float("nan"))
 
-    word = Referee(Nan(), Threat.parse("Linf", "0.1")).judge(X, X + 0.05, Y)
-    assert not word.broken.any()
-    assert word.violations == {"nonfinite_logits": 4}
+    word = Referee(Nan(), Threat.parse("Linf", "0.1")).judge(X, X + 0.05, Y, I)
+    assert word.broken.all()
+    assert word.nonfinite == 4
+    assert word.violations == {}
 
 
 def test_a_point_is_never_modified():
     x_adv = X + 0.3
     before = x_adv.clone()
-    Referee(threshold(), Threat.parse("Linf", "0.1")).judge(X, x_adv, Y)
+    Referee(threshold(), Threat.parse("Linf", "0.1")).judge(X, x_adv, Y, I)
     assert torch.equal(x_adv, before)
 
 
@@ -91,7 +93,7 @@ def test_scores_do_not_depend_on_how_many_are_scored(n):
     x = torch.rand(2 * BATCH + 3, 1, 8, 8, generator=torch.Generator().manual_seed(5))
     y = torch.zeros(len(x), dtype=torch.int64)
     referee = Referee(model, Threat.parse("Linf", "0.1"))
-    assert torch.equal(referee.score(x, y).margin[:n], referee.score(x[:n], y[:n]).margin)
+    assert torch.equal(referee.score(x, y, y).margin[:n], referee.score(x[:n], y[:n], y[:n]).margin)
 
 
 class Coin(nn.Module):
@@ -105,11 +107,15 @@ class Coin(nn.Module):
 def test_a_random_model_is_judged_by_the_majority_of_its_draws():
     x = torch.cat((torch.full((50, 1, 2, 2), 0.1), torch.full((50, 1, 2, 2), 0.9)))
     referee = Referee(Coin(), Threat.parse("Linf", "1"), random=True)
-    scores = referee.score(x, torch.zeros(100, dtype=torch.int64))
+    y, index = torch.zeros(100, dtype=torch.int64), torch.arange(100)
+    scores = referee.score(x, y, index)
     assert scores.predicted[:50].eq(0).all()
     assert scores.predicted[50:].eq(1).all()
     assert 0.8 < float(scores.agreement.mean()) < 0.97
-    assert torch.equal(referee.score(x, torch.zeros(100, dtype=torch.int64)).predicted, scores.predicted)
+    some = torch.tensor([70, 3, 55])  # alone, elsewhere in the batch: the same draws, the same word
+    again = referee.score(x[some], y[some], index[some])
+    assert torch.equal(again.agreement, scores.agreement[some])
+    assert not referee.judge(x, x, scores.predicted, index).broken.any()
 
 
 def test_margins_within_rounding_are_borderline():
@@ -120,6 +126,6 @@ def test_margins_within_rounding_are_borderline():
             lead = x.flatten(1).mean(1) - 0.5
             return torch.stack((-lead, lead, torch.full_like(lead, -1.0)), 1)
 
-    word = Referee(Scaled(), Threat.parse("Linf", "0.1")).judge(X, near, Y)
+    word = Referee(Scaled(), Threat.parse("Linf", "0.1")).judge(X, near, Y, I)
     assert word.borderline == 4
     assert not word.broken.any()

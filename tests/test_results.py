@@ -116,3 +116,20 @@ def test_examples_keep_their_hash_through_the_file(arena_home):
     assert index.tolist() == [5, 2, 9]
     assert examples_hash(back.numpy(), index.numpy()) == kept["sha256"]
     assert examples_hash(back.numpy() + np.float32(1e-7), index.numpy()) != kept["sha256"]
+
+
+def test_rows_that_did_not_work_have_no_number():
+    failed = played("a", [], status="failed")
+    assert attack_row(failed, CORRECT)["robust_accuracy"] is None
+    assert worst_case([failed], CORRECT)[0]["robust_accuracy"] is None
+    assert sweep_rows([played("l", [], sweep="l", status="unsupported")], CORRECT)[0]["robust_accuracy"] is None
+    assert worst_case([failed, played("b", [])], CORRECT)[0]["robust_accuracy"] == 87.5
+
+
+def test_an_attack_in_two_entries_is_one_attack():
+    assert unique_breaks([played("a", [0, 1]), played("b", [1]), played("a", [0])]) == [1, 0, 1]
+
+
+def test_a_roster_with_a_problem_is_not_complete():
+    group = Group("roster", None, (planned("a"),), ("a plugin's hook failed",))
+    assert not roster_row(group, [played("a", [0])], CORRECT)["complete"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from arena.cli import options
+from arena.errors import ArenaError
 
 if TYPE_CHECKING:
     from arena.plugins import Registry
@@ -27,6 +29,23 @@ def answer(question: Question, running: Running, registry: Registry, quiet: bool
     with foreign(), watching(quiet) as watch:
         answered = play(question, running, registry, watch)
     return answered.record, answered.stored
+
+
+def check_destination(where: str | None) -> None:
+    """Find out before an hour of attacks whether the JSON can be written.
+
+    Raises:
+        ArenaError: no such folder, a folder in its place, or no permission.
+    """
+    if where is None or where == "-":
+        return
+    path = Path(where).expanduser()
+    if path.exists() and not path.is_file():
+        raise ArenaError(f"--json '{where}': expected a file, got {'a folder' if path.is_dir() else 'something else'}")
+    if not path.parent.is_dir():
+        raise ArenaError(f"--json '{where}': no such folder '{path.parent}'")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ArenaError(f"--json '{where}': folder '{path.parent}' cannot be written")
 
 
 def write(where: str, record: Any) -> None:

@@ -31,6 +31,8 @@ def play_card(
     overrides = {k: v for k, v in overrides.items() if v is not False and (k, v) != ("device", "auto")}
     if "vs" in overrides:
         overrides["vs"] = tuple(split(overrides["vs"]))
+    if not path.exists():
+        raise ArenaError(f"card {path}: no such file")
     card = read_card(path, overrides)
     console = out()
     records: list[dict[str, Any]] = []

@@ -33,6 +33,11 @@ def installed() -> Registry:
         return registry()
 
 
+def problems(number: int) -> str:
+    """Point at what is wrong with plugins."""
+    return f"{number} plugin problem{'s' if number > 1 else ''}: see 'arena plugins doctor'"
+
+
 def out() -> Console:
     """Return the console for results."""
     from rich.console import Console

@@ -37,7 +37,7 @@ def command(kind: str | None, as_json: bool) -> int:
       arena list attacks
       arena list defenses --json
     """
-    from arena.cli.console import installed, out
+    from arena.cli.console import installed, out, problems
 
     if kind is not None and kind not in KINDS:
         raise unknown("kind", kind, KINDS)
@@ -55,7 +55,7 @@ def command(kind: str | None, as_json: bool) -> int:
             console.print()
         _draw(console, k, found)
     if found.problems:
-        click.echo(f"arena: {len(found.problems)} plugin problems: see 'arena plugins doctor'", err=True)
+        click.echo(f"arena: {problems(len(found.problems))}", err=True)
     return 0
 
 

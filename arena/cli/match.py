@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from arena.cli import options
-from arena.cli.answer import answer, judge, write
+from arena.cli.answer import answer, check_destination, judge, write
 from arena.errors import ArenaError
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ def command(
     """
     if given["precision"] != "fp32":
         raise ArenaError("--precision bf16: not yet; the search runs in fp32")
+    check_destination(json_to)
+    options.refuse_bare_file(defense)
     given["batch_size"] = _batch_size(given["batch_size"])
     if defense.endswith(".toml"):
         from arena.cli.card import play_card

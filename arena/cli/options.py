@@ -16,11 +16,32 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 FILE = click.Path(path_type=Path)
 
 
+def _dataset(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    if value is not None and value.endswith(".npz") and not value.startswith("npz:"):
+        raise ArenaError(f"unknown dataset '{value}'; did you mean npz:{value}?")
+    return value
+
+
+def refuse_bare_file(defense: str) -> None:
+    """Refuse a Python file without the name of its factory.
+
+    Raises:
+        ArenaError: it is one.
+    """
+    if defense.endswith(".py"):
+        raise ArenaError(f"unknown defense '{defense}'; for a model of your own: {defense}:FACTORY")
+
+
 def question(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add what names a data set, a backbone and a threat model."""
     for option in reversed(
         (
-            click.option("--dataset", metavar="NAME", help="Data set: a listed name or npz:FILE.  [default: digits]"),
+            click.option(
+                "--dataset",
+                metavar="NAME",
+                callback=_dataset,
+                help="Data set: a listed name or npz:FILE.  [default: digits]",
+            ),
             click.option("--backbone", metavar="NAME", help="Network; its options in brackets: 'resnet18(width=32)'."),
             click.option("--norm", metavar="NORM", help="Linf, L2, L1 or L0.  [default: the data set's]"),
             click.option("--eps", metavar="EPS", help="Radius in pixels of 1: 8/255, 0.2.  [default: the data set's]"),

@@ -27,7 +27,7 @@ def command() -> None:
 @command.command("list")
 def list_() -> int:
     """List plugins: where they come from and what they register."""
-    from arena.cli.console import cell, installed, out, table
+    from arena.cli.console import cell, installed, out, problems, table
 
     found = installed()
     made = table("distribution", "=version", "entry point", "registers")
@@ -46,7 +46,7 @@ def list_() -> int:
         )
     out().print(made)
     if found.problems:
-        click.echo(f"arena: {len(found.problems)} plugin problems: see 'arena plugins doctor'", err=True)
+        click.echo(f"arena: {problems(len(found.problems))}", err=True)
     return 0
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arena.cli.console import WIDE, cell, clock, count, interval, percent, plain, table
+from arena.cli.console import WIDE, cell, clock, count, installed, interval, percent, plain, problems, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +37,7 @@ def draw(console: Console, record: Record, store: Store | None = None, *, everyt
         console.print()
         _rosters(console, record)
     _remarks(console, record)
-    _handles(console, record)
+    _handles(console, record, store)
 
 
 def beside(record: Record, store: Store | None) -> list[str]:
@@ -54,6 +55,31 @@ def beside(record: Record, store: Store | None) -> list[str]:
     elif record["model"].get("twin") and store is not None:
         found.append(f"{plain(record['model']['twin'])} (no module) not played here")
     return found
+
+
+def replay(record: Record) -> str:
+    """Write the command that asks the twin the same question."""
+    from arena.errors import ArenaError
+
+    asked, threat = record["asked"], record["asked"]["threat"]
+    words = ["arena", "match", record["model"]["twin"]]
+    entries = ",".join(asked["vs"])
+    words += ["--vs", entries] if entries != "autoattack,adaptive" else []
+    words += ["--dataset", asked["dataset"]] if asked["dataset"] != "digits" else []
+    try:
+        spec = installed().get("dataset", asked["dataset"]).spec
+        usual = {"backbone": spec.backbone, "norm": spec.norm, "eps": spec.eps}
+    except ArenaError:  # a file, or a package that is gone: nothing is known to be the default
+        usual = {}
+    given = {"backbone": asked.get("backbone"), "norm": threat["norm"], "eps": threat["eps"]}
+    if given["norm"] != usual.get("norm"):
+        usual.pop("eps", None)  # a norm of one's own needs its eps
+    words += [w for k, v in given.items() if v and v != usual.get(k) for w in (f"--{k}", str(v))]
+    words += ["-n", str(asked["n"])] if asked["n"] != 500 else []
+    for key in ("seed", "train_seed", "train_norm", "train_eps"):
+        if asked.get(key):
+            words += [f"--{key.replace('_', '-')}", str(asked[key])]
+    return shlex.join(words)
 
 
 def twin(record: Record, store: Store | None) -> dict[str, Any] | None:
@@ -194,7 +220,7 @@ def _remarks(console: Console, record: Record) -> None:
     flags = [i for i in (record.get("audit") or {}).get("indicators", ()) if i.get("flag")]
     lines = []
     for i in flags:
-        remedy = f" ({i['remedy']})" if i.get("remedy") else ""
+        remedy = f" ({i['remedy'].replace('RESULT', record['id'])})" if i.get("remedy") else ""
         lines.append(f"! {i['name']}: {i.get('evidence') or 'flagged'}{remedy}")
     diagnosis = record.get("diagnosis") or {}
     for name, head in (diagnosis.get("heads") or {}).items():
@@ -208,14 +234,17 @@ def _remarks(console: Console, record: Record) -> None:
             f"selection {name}: forced to a class, the output is that class on {percent(choice['forced_output'])} % of "
             f"points; accuracy then {percent(choice['forced_accuracy'])} %"
         )
-    lines += [f"note: {n}" for n in record.get("notes") or ()]
+    notes = [str(n) for n in record.get("notes") or ()]
+    plugins = [n for n in notes if n.startswith("plugin ")]
+    lines += [f"note: {n}" for n in notes if n not in plugins]
+    lines += [f"note: {problems(len(plugins))}"] if plugins else []
     if lines:
         console.print()
     for line in lines:
         console.print(cell(line))
 
 
-def _handles(console: Console, record: Record) -> None:
+def _handles(console: Console, record: Record, store: Store | None) -> None:
     from arena.home import home
 
     seconds = (record.get("provenance") or {}).get("seconds")
@@ -225,9 +254,14 @@ def _handles(console: Console, record: Record) -> None:
     if file:
         path = Path(file) if Path(file).is_absolute() else home() / file
         console.print(f"examples  {plain(path)}", soft_wrap=True)
-    own = ":" in record["defense"].partition("(")[0]
-    against = " --against FILE.py:FACTORY --checkpoint FILE" if own else ""
-    console.print(f"re-score  arena verify {record['id']}{against}", soft_wrap=True)
+    words = ["arena", "verify", record["id"]]
+    if ":" in record["defense"].partition("(")[0]:
+        words += ["--against", plain(record["defense"])]
+        weights = record["model"].get("trained") or {}
+        words += ["--checkpoint", plain(weights.get("checkpoint"))] if weights.get("weights") == "checkpoint" else []
+    if record["model"].get("twin") and store is not None and twin(record, store) is None:
+        console.print(f"no module {plain(replay(record))}", soft_wrap=True)
+    console.print(f"re-score  {shlex.join(words)}", soft_wrap=True)
 
 
 def spaced(name: str) -> str:

@@ -51,6 +51,8 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArenaError(f"{path}: no such file") from None
     except OSError as error:
         raise ArenaError(f"{path}: {error.strerror}") from None
     except ValueError as error:

@@ -42,6 +42,7 @@ def command(
         raise ArenaError(
             f"'{defense}' is a model of your own: arena trains listed defenses only; see 'arena list defenses'"
         )
+    options.refuse_bare_file(defense)
     from arena.arrangement import threat_model
     from arena.cli.console import cell, clock, foreign, installed, out, percent
     from arena.cli.progress import watching

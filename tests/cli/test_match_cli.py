@@ -52,12 +52,18 @@ def test_a_stored_result_says_so(arena, played):
 def test_json(arena, played, record, tmp_path):
     done = arena("match", "sat", "--json", "-")
     assert json.loads(done.out) == record
-    done = arena("match", "sat", "--json", str(tmp_path / "deep" / "r.json"))
-    assert json.loads((tmp_path / "deep" / "r.json").read_text()) == record
+    done = arena("match", "sat", "--json", str(tmp_path / "r.json"))
+    assert json.loads((tmp_path / "r.json").read_text()) == record
     assert "worst case 34.5 %" in done.out
+
+
+def test_a_json_destination_is_refused_at_the_start(arena, played, tmp_path):
     (tmp_path / "file").write_text("")
-    done = arena("match", "sat", "--json", str(tmp_path / "file" / "r.json"))
-    assert "cannot be written" in done.refusal
+    assert "no such folder" in arena("match", "sat", "--json", str(tmp_path / "deep" / "r.json")).refusal
+    assert "no such folder" in arena("match", "sat", "--json", str(tmp_path / "file" / "r.json")).refusal
+    assert "expected a file, got a folder" in arena("match", "sat", "--json", str(tmp_path)).refusal
+    assert not played.asked
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
 
 def test_what_plugins_print_stays_out_of_the_record(arena, played, record):
@@ -143,7 +149,9 @@ def test_bugs_keep_their_traceback(arena, played):
         ("match sat --vs pgd,,fgsm", "'pgd,,fgsm': an entry is empty"),
         ("match sat --fail-under 101", "Invalid value for '--fail-under': 101.0 is not in the range 0<=x<=100"),
         ("match sat --fail-on luck", "Invalid value for '--fail-on': 'luck' is not one of 'point', 'lower-ci'"),
-        ("match nothing.toml", "card nothing.toml: No such file or directory"),
+        ("match nothing.toml", "card nothing.toml: no such file"),
+        ("match my.py", "unknown defense 'my.py'; for a model of your own: my.py:FACTORY"),
+        ("match sat --dataset data.npz", "unknown dataset 'data.npz'; did you mean npz:data.npz?"),
     ],
 )
 def test_refusals(arena, played, line, message):

@@ -73,7 +73,7 @@ def test_one_bad_plugin_stops_nothing(install):
     assert listed.returncode == 0
     assert "good-one/mine" in listed.stdout
     assert "pgd" in listed.stdout
-    assert listed.stderr == "arena: 1 plugin problems: see 'arena plugins doctor'\n"
+    assert listed.stderr == "arena: 1 plugin problem: see 'arena plugins doctor'\n"
     plugins = ask("plugins", "list")
     assert "good-one" in plugins.stdout
     assert "1 attack" in plugins.stdout

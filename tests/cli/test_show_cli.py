@@ -19,7 +19,10 @@ def test_the_screen(arena, plant, record):
     assert "fgaa_sat · digits · cnn · Linf eps 0.2 · n 400 · seed 0" in text
     assert "worst case 34.5 % (95 %: 30.0 to 39.3) natural 97.5 %" in text
     assert "verdict not audited" in text
-    assert "λ = 0 (main logits) 91.2 % | worst case 34.5 % | sat (no module) not played here" in text
+    assert (
+        "λ = 0 (main logits) 91.2 % | worst case 34.5 % | sat (no module) not played here: arena match sat -n 400"
+        in text
+    )
     assert "apgd_t ok 390 20 - 67.5 39k 38.6k 12 s" in text
     assert "autoattack 67.5 (62.7 to 71.9) 2 yes 78k 77.2k 25 s" in text
     assert "note: no point of class 7" in text
@@ -127,6 +130,32 @@ def test_a_void_result_has_no_number_in_its_head(arena, plant, record):
     assert "apgd_ce" in "\n".join(lines)
 
 
+def test_the_twins_command_asks_the_same_question(arena, plant, record):
+    record["asked"] |= {"vs": ["pgd(steps=3,restarts=2)"], "backbone": "resnet_small", "n": 500, "train_seed": 2}
+    record["asked"]["threat"] = {"norm": "L2", "eps": "1/2", "eps_value": 0.5}
+    plant(record)
+    line = "arena match sat --vs 'pgd(steps=3,restarts=2)' --backbone resnet_small --norm L2 --eps 1/2 --train-seed 2"
+    assert line in arena("show", "0123").out
+
+
+def test_a_model_of_ones_own_is_rescored_with_what_was_given(arena, plant, record):
+    record |= {"defense": "my models/net.py:make"}
+    plant(record)
+    assert "arena verify 0123456789ab --against 'my models/net.py:make'\n" in arena("show", "0123").out
+    record["model"]["trained"] = {"weights": "checkpoint", "checkpoint": "w.safetensors"}
+    record["id"] = "ffff" * 3
+    plant(record, "p")
+    assert "make' --checkpoint w.safetensors\n" in arena("show", "ffff").out
+
+
+def test_plugin_problems_are_a_pointer(arena, plant, record):
+    record["notes"] += ["plugin one 1.0 (one): import of one raised a long story", "plugin two 1.0 (two): another"]
+    plant(record)
+    out = arena("show", "0123").out
+    assert "note: 2 plugin problems: see 'arena plugins doctor'" in out
+    assert "long story" not in out
+
+
 def test_a_bare_record_is_enough(arena, plant, record):
     for key in ("sweeps", "notes", "audit", "examples", "provenance"):
         record.pop(key)
@@ -153,4 +182,4 @@ def test_bad_results(arena, plant, record, tmp_path):
     assert "not a result of arena" in arena("show", str(tmp_path / "b.json")).refusal
     (tmp_path / "c.json").write_text(json.dumps({**record, "asked": {}}))
     assert "not a result of arena" in arena("show", str(tmp_path / "c.json")).refusal.lower()
-    assert "No such file" in arena("show", str(tmp_path / "d.json")).refusal
+    assert "no such file" in arena("show", str(tmp_path / "d.json")).refusal
