@@ -122,7 +122,7 @@ class TrainedPlan:
                     f"no trained model of '{self.name}' for data set '{self.dataset}'; train it with: {self.command}"
                 )
             with lock(f"model-{self.training_key[:16]}"):
-                if retrain:
+                if retrain and self.cached():  # else an earlier retraining was stopped, and goes on
                     for name in ("model.json", "resume.pt"):
                         (self.folder / name).unlink(missing_ok=True)
                 if not self.cached():

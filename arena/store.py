@@ -258,13 +258,10 @@ def open_store(url: str | None = None) -> Store:
     Raises:
         ArenaError: damaged, foreign or newer than this code knows, unreachable, or a URL that cannot be read.
     """
-    url: str | sa.URL = url or os.environ.get("ARENA_STORE") or ""
-    if not url:
-        url = sa.URL.create(
-            "sqlite", database=str(home() / "arena.db")
-        )  # a path may hold characters a URL gives meaning
+    named = url or os.environ.get("ARENA_STORE")
     try:
-        parsed = sa.make_url(url)
+        # the default is not made as text: a path may hold characters to which a URL gives meaning
+        parsed = sa.make_url(named or sa.URL.create("sqlite", database=str(home() / "arena.db")))
         backend = parsed.get_backend_name()
     except (sa.exc.ArgumentError, ValueError):
         raise ArenaError("ARENA_STORE is no database URL; expected sqlite:///FILE or postgresql://HOST/NAME") from None

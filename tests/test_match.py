@@ -5,21 +5,29 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from arena.arrangement import arrange
+from arena.datasets import digits, to_float
 from arena.errors import ArenaError
 from arena.match import play
 from arena.plugins import discover
 from arena.question import Question, Running
+from arena.referee import DRAWS
 from arena.results import examples_hash
 from arena.store import open_store
+from arena.verify import verify
 from arena.watch import Silent
 
 CHEATS = Path(__file__).parent / "packages" / "cheats"
+sys.path.insert(0, str(CHEATS))
+import arena_cheats  # noqa: E402
+
 GO = Running(device="cpu")
 
 
@@ -60,6 +68,9 @@ def flags(record):
         ("claims_success_iterated", "failed", "false_claim"),
         ("crashes", "failed", "ZeroDivisionError: division by a planted zero"),
         ("crashes_midway", "failed", "RuntimeError: planted"),
+        ("exits", "failed", "SystemExit: 0"),
+        ("short_claims", "failed", "returned 1 claims for"),
+        ("unloadable", "failed", "has no attribute 'not_there'"),
         ("returns_input", "no_effect", "no query and no returned point differed"),
         ("looks_only", "no_effect", "no query and no returned point differed"),
     ],
@@ -72,6 +83,7 @@ def test_a_bad_attack_is_caught_by_name(registry, attack, status, said):
     assert row["status"] == status
     assert said in row["error"]
     assert row["broken"] == 0
+    assert row["robust_accuracy"] is None
     assert row["plugin"] == "arena-cheats 0.0.1"
     assert record["audit"]["verdict"] == "suspect"
     assert any(attack in i["evidence"] for i in record["audit"]["indicators"])
@@ -261,3 +273,59 @@ def test_shapes_and_class_counts(registry, tmp_path, monkeypatch, shape, classes
     assert record["audit"]["verdict"] == "not_audited"
     assert record["worst_case"]["robust_accuracy"] <= record["natural"]["accuracy"]
     assert record["asked"]["subset_rule"] == "file-order"
+
+
+def test_a_factory_that_loads_other_weights_is_another_question(registry, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = arena_cheats.honest()
+    torch.save(model.state_dict(), "own_weights.pt")
+    first = ask(registry, "own_weights")
+    assert ask(registry, "own_weights").stored
+    with torch.no_grad():
+        model.linear.weight.neg_()
+    torch.save(model.state_dict(), "own_weights.pt")
+    second = ask(registry, "own_weights")
+    assert not second.stored
+    assert second.record["model"]["id"] != first.record["model"]["id"]
+    assert second.record["natural"]["accuracy"] < first.record["natural"]["accuracy"]
+
+
+def test_a_declared_random_model_is_judged_by_majorities_and_verifies(registry, tmp_path):
+    """Attacks average their passes; a point that leaves at lucky draws is not attempted, and the row says so."""
+    (tmp_path / "s.toml").write_text("random = true\n")
+    record = ask(registry, "undeclared_randomness", n=24, surface=tmp_path / "s.toml", vs=("pgd(steps=5)",)).record
+    (row,) = record["attacks"]
+    assert row["forwards"] % DRAWS == 0
+    assert row["status"] in ("ok", "partial")
+    assert (row["status"] == "ok") == record["rosters"][0]["complete"]
+    found = verify(
+        record["id"], registry, Silent(), against="arena_cheats:undeclared_randomness", surface=tmp_path / "s.toml"
+    )
+    assert found.agrees, found.lines
+
+
+def test_a_failing_adaptive_hook_makes_the_roster_incomplete(registry, monkeypatch):
+    monkeypatch.setattr(type(registry), "adaptive", lambda *a: [("no_such_attack", {}), "pgd"])
+    record = ask(registry, vs=("adaptive",)).record
+    assert not record["rosters"][0]["complete"]
+    assert record["audit"]["verdict"] == "suspect"
+    assert sum(i["name"] == "roster_incomplete" for i in record["audit"]["indicators"]) == 2
+
+
+def test_targets_are_as_many_as_the_model_has_classes_not_the_data(registry, tmp_path):
+    images = digits()
+    few = images.y_test < 2
+    x, y = to_float(images.x_test)[few].numpy(), images.y_test[few].numpy()
+    np.savez(tmp_path / "two.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    record = ask(registry, dataset=f"npz:{tmp_path / 'two.npz'}", vs=("apgd_t",), n=8, eps="0.01").record
+    row = record["attacks"][0]
+    assert row["broken"] == 0
+    assert row["forwards"] == row["attempted"] * 9 * 101 > 0
+
+
+def test_a_surface_file_hides_nothing_of_what_a_defense_declares(registry, tmp_path):
+    (tmp_path / "empty.toml").write_text("")
+    arranged = arrange(Question("fgaa_sat", ("pgd",), surface=tmp_path / "empty.toml"), GO, registry)
+    bare = arrange(Question("fgaa_sat", ("pgd",)), GO, registry)
+    model = bare.plan._make()
+    assert arranged.plan._surface(model).heads == bare.plan._surface(model).heads != {}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +29,22 @@ def answer(question: Question, running: Running, registry: Registry, quiet: bool
     from arena.match import play
 
     running = replace(running, device=options.resolve(running.device))
-    with foreign(), watching(quiet) as watch:
+    with spoken(), foreign(), watching(quiet) as watch:
         answered = play(question, running, registry, watch)
     return answered.record, answered.stored
+
+
+@contextmanager
+def spoken() -> Iterator[None]:
+    """Say of what the key of a held lock stands for."""
+    try:
+        yield
+    except ArenaError as error:
+        for key, what in (("match-", "this match is being played"), ("model-", "this model is being trained")):
+            if re.match(rf"{key}[0-9a-f]+ is in use by another arena process", str(error)):
+                cure = "wait for it to end or stop it"
+                raise ArenaError(f"{what} by another arena process; {cure}") from None
+        raise
 
 
 def check_destination(where: str | None) -> None:

@@ -21,12 +21,23 @@ def command() -> None:
     """See what is installed and what is wrong with it.
 
     Plugins are packages with an entry point of the group 'arena'. ARENA_PLUGINS_OFF=1 leaves all but the built-in out.
+
+    \b
+    Examples:
+      arena plugins list
+      arena plugins doctor
     """
 
 
 @command.command("list")
 def list_() -> int:
-    """List plugins: where they come from and what they register."""
+    """List plugins: where they come from and what they register.
+
+    \b
+    Examples:
+      arena plugins list
+      ARENA_PLUGINS_OFF=1 arena plugins list
+    """
     from arena.cli.console import cell, installed, out, problems, table
 
     found = installed()
@@ -56,25 +67,33 @@ def doctor() -> int:
 
     Finds imports that fail, hooks that are misspelt or raise, what is refused and why, entry points that hide each
     other, names that several packages offer, and plugins whose import brings in torch (they slow every command down).
+
+    \b
+    Examples:
+      arena plugins doctor
+      arena plugins doctor && arena match fgaa_sat
     """
     from arena.cli.console import cell, installed, out
 
     found = installed()
     console = out()
+    problems = list(dict.fromkeys(found.problems))
+    wrong = 0
     for plugin in found.plugins:
-        bad = any(p.entry_point == plugin.entry_point for p in found.problems)
-        word = "problem" if bad else "slow" if plugin.imports_torch else "ok"
-        console.print(cell(f"{word:<8}{plugin.distribution} {plugin.version} ({plugin.entry_point})"))
-    lines = [str(p) for p in found.problems]
-    lines += [
-        f"plugin {p.distribution} {p.version} ({p.entry_point}): importing it imports torch; name code as text in the "
-        "specs, so that help and list stay fast"
-        for p in found.plugins
-        if p.imports_torch
-    ]
-    clashes = found.clashes()
-    for line in (*lines, *clashes):
+        name = f"{plugin.distribution} {plugin.version}"
+        mine = [p for p in problems if (p.distribution, p.entry_point) == (name, plugin.entry_point)]
+        problems = [p for p in problems if p not in mine]
+        word = "problem" if mine else "slow" if plugin.imports_torch else "ok"
+        console.print(cell(f"{word:<8}{name} ({plugin.entry_point})"))
+        lines = [p.what for p in mine]
+        if plugin.imports_torch:
+            lines.append("importing it imports torch; name code as text in the specs, so that help and list stay fast")
+        for line in lines:
+            console.print(cell(f"! {line}"), soft_wrap=True)
+        wrong += len(lines)
+    rest = [*map(str, problems), *found.clashes()]
+    for line in rest:
         console.print(cell(f"! {line}"), soft_wrap=True)
-    wrong = len(lines) + len(clashes)
+    wrong += len(rest)
     console.print("nothing is wrong" if not wrong else f"{wrong} problem{'s' if wrong > 1 else ''}")
     return 1 if wrong else 0

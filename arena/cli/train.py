@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from arena.cli import options
+from arena.cli.answer import spoken
 
 
 @click.command("train")
@@ -53,7 +54,7 @@ def command(
     name = dataset or "digits"
     spec = describe(name, found)
     threat = threat_model(spec, norm, eps)
-    with foreign(), watching(quiet) as watch:
+    with spoken(), foreign(), watching(quiet) as watch:
         images = open_images(name, found)
         threat.check_shape(images.shape)
         planned = plan(

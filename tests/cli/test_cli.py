@@ -70,10 +70,9 @@ def test_every_command_explains_itself(name):
     done = CliRunner().invoke(group, [name, "--help"])
     assert done.exit_code == 0
     assert max(len(line) for line in done.output.splitlines()) <= 80
-    if name != "plugins":
-        assert "Examples:" in done.output
-        for example in re.findall(r"arena (\w+)", done.output.split("Examples:")[1].split("Options:")[0]):
-            assert example in COMMANDS
+    assert "Examples:" in done.output
+    for example in re.findall(r"arena (\w+)", done.output.split("Examples:")[1].split("Options:")[0]):
+        assert example in COMMANDS
 
 
 def test_help_shows_the_overview_and_the_exit_codes():
@@ -158,7 +157,10 @@ def test_leaderboard_table(arena, plant, record):
     third = json.loads(json.dumps(other)) | {"id": "e" * 12, "defense": "[red]x", "rosters": []}
     third["model"]["id"] = "third"
     plant(third)
-    text = arena("leaderboard").out
+    short = arena("leaderboard").out
+    assert "1 result without complete rosters: --unranked shows it" in short
+    assert "autoattack not played" not in short
+    text = arena("leaderboard", "--unranked").out
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
     lines = [" ".join(line.split()) for line in text.splitlines()]
@@ -166,9 +168,10 @@ def test_leaderboard_table(arena, plant, record):
     assert lines[1] == "rank defense nat. worst (95 %) auto adapt verdict passes date"
     assert lines[3] == "1 sat 97.5 61.2 (56.4-65.9) 67.5 35.0 not audited 466k 2026-11-20"
     assert lines[4] == "2 fgaa_sat 97.5 34.5 (30.0-39.3) 67.5 35.0 not audited 466k 2026-11-20"
-    rest = " ".join(lines[5:])
+    assert lines[5] == "ids: sat ffffffff, fgaa_sat 01234567"
+    rest = " ".join(lines[6:])
     assert (
-        rest == "not ranked: [red]x (eeeeee): worst case 61.2 (56.4-65.9); autoattack not played; adaptive not played"
+        rest == "not ranked: [red]x (eeeeeeee): worst case 61.2 (56.4-65.9); autoattack not played; adaptive not played"
     )
     assert "ranks are among all 3 results" in arena("leaderboard", "--defense", "sat").out
     shown = arena("leaderboard", "--defense", "fgaa_sat", "--format", "csv").out
@@ -187,11 +190,27 @@ def test_leaderboard_filters_and_formats(arena, plant, record):
         ("--dataset mnist", 0),
     ):
         assert len(json.loads(arena("leaderboard", "--format", "json", *line.split()).out)) == found
-    assert arena("leaderboard", "-n", "3").out.startswith("No result fits in")
+    for line, message in (
+        ("-n 3", "No result of n '3' (400 exist)"),
+        ("--dataset mnist", "No result of data set 'mnist' (digits exist)"),
+        ("--norm L2", "No result of norm 'L2' (Linf exist)"),
+        ("--defense sat", "No result of defense 'sat' (fgaa_sat exist)"),
+        ("--eps 0.3", "No result fits all filters in"),
+    ):
+        assert arena("leaderboard", *line.split()).out.startswith(message)
     assert "| 1 | fgaa_sat |" in arena("leaderboard", "--format", "md").out
     assert arena("leaderboard", "--eps", "q").refusal.startswith("eps 'q': expected a number")
     assert arena("leaderboard", "--norm", "L7").refusal == "unknown norm 'L7'; did you mean 'L2'?"
     assert "'html' is not one of" in arena("leaderboard", "--format", "html").refusal
+
+
+def test_the_leaderboard_of_own_models_has_ids_and_no_dangling_separator(arena, plant, record, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    record["asked"]["backbone"] = None
+    plant(record)
+    lines = arena("leaderboard").out.splitlines()
+    assert lines[0] == "digits · Linf eps 0.2 · n 400"
+    assert lines[3].split()[-2:] == ["2026-11-20", "01234567"]
 
 
 def test_lists(arena):

@@ -122,6 +122,14 @@ def test_what_the_user_can_fix_is_one_line(arena, played):
     assert arena("match", "sat").refusal == "something over two lines"
 
 
+def test_a_held_lock_is_told_in_words(arena, played):
+    def held(question, running):
+        raise ArenaError("match-0a1b2c is in use by another arena process; wait for it to end or stop it")
+
+    played.answer = held
+    assert arena("match", "sat").refusal.startswith("this match is being played by another arena process; wait")
+
+
 def test_bugs_keep_their_traceback(arena, played):
     def bug(question, running):
         raise ZeroDivisionError

@@ -57,13 +57,14 @@ def test_the_doctor_names_every_trouble(install):
     assert "ok good-one 1.0 (good-one)" in text
     assert "problem bad-import 1.0" in text
     assert "slow slow-one 1.0" in text
-    assert "! plugin bad-import 1.0 (bad-import): import of bad_import raised ModuleNotFoundError" in text
+    assert "problem bad-import 1.0 (bad-import) ! import of bad_import raised ModuleNotFoundError" in text
     assert "arena_register_atacks" in text
     assert "arena_register_attacks" in text
     assert "arena_register_defenses raised ValueError: oh [no]" in text
-    assert "! plugin slow-one 1.0 (slow-one): importing it imports torch" in text
+    assert "slow slow-one 1.0 (slow-one) ! importing it imports torch" in text
     assert "attack 'mine' comes from good-one 1.0, slow-one 1.0: the bare name is refused" in text
     assert "5 problems" in text
+    assert text.count("bad-import") == 2  # distribution and entry point, once each
 
 
 def test_one_bad_plugin_stops_nothing(install):

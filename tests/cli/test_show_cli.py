@@ -19,10 +19,8 @@ def test_the_screen(arena, plant, record):
     assert "fgaa_sat · digits · cnn · Linf eps 0.2 · n 400 · seed 0" in text
     assert "worst case 34.5 % (95 %: 30.0 to 39.3) natural 97.5 %" in text
     assert "verdict not audited" in text
-    assert (
-        "λ = 0 (main logits) 91.2 % | worst case 34.5 % | sat (no module) not played here: arena match sat -n 400"
-        in text
-    )
+    assert "λ = 0 (main logits) 91.2 % | worst case 34.5 % | sat (no module) not played here" in text
+    assert "no module arena match sat -n 400" in text
     assert "apgd_t ok 390 20 - 67.5 39k 38.6k 12 s" in text
     assert "autoattack 67.5 (62.7 to 71.9) 2 yes 78k 77.2k 25 s" in text
     assert "note: no point of class 7" in text
@@ -76,7 +74,7 @@ def test_the_twin_is_shown_only_at_an_equal_question(arena, plant, record):
     assert "sat (no module) 61.2 %" in squeeze(arena("show", "0123").out)
     twin("1" * 12, 60.8, threat={"norm": "Linf", "eps": "1/5", "eps_value": 0.2})
     assert "sat (no module) 60.8 %" in squeeze(arena("show", "0123456789ab").out)
-    assert "no module" not in arena("show", "1" * 12).out
+    assert "(no module)" not in arena("show", "1" * 12).out
 
 
 @pytest.mark.parametrize("text", ["[bold]x[/bold] [/oops]", "a\x1b[2Jb", "line\nbreak", "tab\tand\x07bell"])
@@ -170,6 +168,17 @@ def test_json_is_the_record(arena, plant, record, tmp_path):
     assert json.loads(done.out) == record
     (tmp_path / "r.json").write_text(done.out)
     assert "worst case 34.5 %" in arena("show", str(tmp_path / "r.json")).out
+
+
+def test_without_a_name_the_newest_is_shown(arena, plant, record):
+    assert arena("show").refusal.startswith("no results yet; play a match first")
+    for number in range(8):
+        plant(record | {"id": f"{number}" * 12}, f"q{number}")
+    out = arena("show").out
+    assert "arena verify 777777777777" in out
+    named = [line.split()[1] for line in out.splitlines() if line.startswith("earlier")]
+    assert named == [f"{k}" * 8 for k in (6, 5, 4, 3, 2)]
+    assert json.loads(arena("show", "--json").out)["id"] == "7" * 12
 
 
 def test_bad_results(arena, plant, record, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 
 import torch
 from torch import nn
@@ -26,6 +27,9 @@ BAD_ATTACKS = {
     "returns_input": "returns its input without a query",
     "looks_only": "queries the clean image and returns it",
     "hooks_model": "patches the search copy's forward",
+    "exits": "calls sys.exit",
+    "short_claims": "returns fewer claims than points",
+    "unloadable": "names code that is not there",
 }
 
 
@@ -65,6 +69,15 @@ def crashes(target, x, y, threat, budget, rng):
     raise ZeroDivisionError("division by a planted zero")
 
 
+def exits(target, x, y, threat, budget, rng):
+    sys.exit(0)
+
+
+def short_claims(target, x, y, threat, budget, rng):
+    target.logits(x + 1e-3)
+    return x, torch.ones(1, dtype=torch.bool)
+
+
 def returns_input(target, x, y, threat, budget, rng):
     return x
 
@@ -102,7 +115,9 @@ class CrashesMidway(ClaimsSuccess):
 def arena_register_attacks():
     iterated = {"claims_success_iterated": "ClaimsSuccess", "crashes_midway": "CrashesMidway"}
     for name, summary in BAD_ATTACKS.items():
-        if name in iterated:
+        if name == "unloadable":
+            yield AttackSpec(name, summary, NORMS, run="arena_cheats:not_there")
+        elif name in iterated:
             yield AttackSpec(name, summary, NORMS, iterate=f"arena_cheats:{iterated[name]}")
         else:
             yield AttackSpec(name, summary, NORMS, run=f"arena_cheats:{name}")
@@ -205,6 +220,13 @@ def honest():
 
 def undeclared_randomness():
     return UndeclaredRandomness()
+
+
+def own_weights():
+    """Loads whatever weights lie beside the working directory."""
+    model = Base()
+    model.load_state_dict(torch.load("own_weights.pt"))
+    return model
 
 
 def depends_on_neighbours():
