@@ -26,22 +26,25 @@ KINDS = {
 
 
 @click.command("list")
-@click.argument("kind", required=False, metavar="[" + "|".join(KINDS) + "]")
+@click.argument("kind", required=False, metavar="[KIND|NAME]")
 @click.option("--json", "as_json", is_flag=True, help="Print everything that is declared, as JSON.")
 def command(kind: str | None, as_json: bool) -> int:
     """List defenses, attacks, rosters, data sets, backbones.
+
+    KIND is defenses, attacks, rosters, datasets or backbones; NAME is one of them, which is described in full.
 
     \b
     Examples:
       arena list
       arena list attacks
+      arena list fgaa_sat
       arena list defenses --json
     """
     from arena.cli.console import installed, out, problems
 
-    if kind is not None and kind not in KINDS:
-        raise unknown("kind", kind, KINDS)
     found = installed()
+    if kind is not None and kind not in KINDS:
+        return _one(kind, found, as_json)
     kinds = [kind] if kind else list(KINDS)
     if as_json:
         data = {k: [describe(r) for r in found.all(KINDS[k])] for k in kinds}
@@ -56,6 +59,27 @@ def command(kind: str | None, as_json: bool) -> int:
         _draw(console, k, found)
     if found.problems:
         click.echo(f"arena: {problems(len(found.problems))}", err=True)
+    return 0
+
+
+def _one(text: str, found: Registry, as_json: bool) -> int:
+    from arena.cli.console import out
+    from arena.cli.describing import draw
+
+    name = text.partition("(")[0].partition(":")[0]
+    fits = [(kind, found.get(kind, name)) for kind in KINDS.values() if found.has(kind, name)]
+    if not fits:
+        names = [n for kind in KINDS.values() for n in found.names(kind) if "/" not in n or "/" in name]
+        raise unknown("kind or name", text, [*KINDS, *names])
+    if as_json:
+        data = [{"kind": kind, **describe(registered)} for kind, registered in fits]
+        click.echo(json.dumps(data[0] if len(data) == 1 else data, indent=2, ensure_ascii=False))
+        return 0
+    console = out()
+    for number, (kind, registered) in enumerate(fits):
+        if number:
+            console.print()
+        draw(console, kind, registered)
     return 0
 
 
@@ -100,6 +124,10 @@ def _draw(console: Console, kind: str, found: Registry) -> None:
     if not any(_options(r.spec) for r in entries):
         made.columns.pop()
     console.print(made)
+    if kind == "defenses" and any(r.spec.twin for r in entries):
+        console.print(
+            cell("beside X: X is the same recipe without the module; its result is shown with this one's", "dim")
+        )
 
 
 def _extra(kind: str, spec: Any) -> str:

@@ -225,4 +225,27 @@ def test_lists(arena):
     assert sat["options"]["lam"]["default"] == 2
     assert sat["twin"] == "sat"
     assert max(map(len, arena("list", "attacks").out.splitlines())) <= 80
-    assert arena("list", "defence").refusal == "unknown kind 'defence'; did you mean 'defenses'?"
+    assert arena("list", "defence").refusal == "unknown kind or name 'defence'; did you mean 'defenses'?"
+    assert "beside X: X is the same recipe without the module" in " ".join(text.split())
+
+
+def test_one_item_is_described_in_full(arena):
+    out = arena("list", "fgaa_sat").out
+    text = " ".join(out.split())
+    assert out.startswith("fgaa_sat · defense · adversarial-arena")
+    assert "beside: sat, the same recipe without the module" in text
+    assert "lam 2" in text
+    assert "paper: " in text
+    assert "arena match 'fgaa_sat(lam=2)' --vs autoattack,adaptive" in text
+    assert max(map(len, out.splitlines())) <= 80
+    assert "steps 100" in " ".join(arena("list", "apgd_ce").out.split())
+    assert "default threat model: Linf eps 0.2; default backbone: cnn" in arena("list", "digits").out
+    one = json.loads(arena("list", "autoattack", "--json").out)
+    assert (one["kind"], one["name"]) == ("roster", "autoattack")
+    assert arena("list", "fgaa_st").refusal == "unknown kind or name 'fgaa_st'; did you mean 'fgaa_sat'?"
+
+
+def test_every_item_can_be_described(arena):
+    for entries in json.loads(arena("list", "--json").out).values():
+        for entry in entries:
+            assert "example: arena match" in arena("list", entry["name"]).out
