@@ -1,4 +1,4 @@
-"""Class-conditional masks, as specs: FGAA, EWAS, CAS, SAA, CSAA. Imports no torch."""
+"""Class-conditional masks, as specs: FGAA, EWAS, CAS, SAA, CSAA, CIFS. Imports no torch."""
 
 from __future__ import annotations
 
@@ -118,6 +118,13 @@ _CSAA = _Module(
     "cas:build_csaa",
     "masks:surface",
 )
+_CIFS = _Module(
+    "cifs",
+    "channels weighed by their importance to the two top classes of a probe",
+    "Yan et al., CIFS: Channel-wise Importance-based Feature Selection, ICML 2021",
+    "cifs:build",
+    "cifs:surface",
+)
 _TRAINED = {
     "rt": "trained on natural images",
     "sat": "adversarially trained",
@@ -132,13 +139,14 @@ def _spec(
     settings: Mapping[str, Preset],
     options: Mapping[str, Option],
     published: Mapping[str, float],
+    recipes: str = "recipes",
 ) -> DefenseSpec:
     return DefenseSpec(
         f"{module.name}_{recipe}",
         f"{module.what}, {_TRAINED[recipe]}",
         build=f"arena_defenses.{module.code}",
         surface=f"arena_defenses.{module.surface}",
-        recipe=f"arena_defenses.recipes:{recipe}",
+        recipe=f"arena_defenses.{recipes}:{recipe}",
         paper=module.paper,
         module=module.name,
         twin=recipe,
@@ -213,3 +221,11 @@ def defenses() -> Iterable[DefenseSpec]:
     )
     yield _spec(_SAA, "sat", _fgaa("sat"), late, _numbers(64.31, 42.89, 41.40, 45.53))
     yield _spec(_CSAA, "sat", _fgaa("sat"), late, _numbers(86.50, 63.04, 59.94, 83.00))
+    # CIFS as FSR's Table 4 reports it.
+    cifs = presets(Preset(120, lr=0.1, weight_decay=2e-4, milestones=(75, 90), augment=_CROPS))
+    joint = {**late, "scale": Option(1.0, "factor on the softmax mask (one version of the code: 2)", low=0)}
+    warm = Option(False, "start from cifs_rt with the same options, as the published run does")
+    yield _spec(_CIFS, "rt", cifs, joint, {}, recipes="cifs")
+    yield _spec(
+        _CIFS, "sat", cifs, {**joint, "warm": warm}, _numbers(79.87, 56.53, 49.80, 49.89, 43.94), recipes="cifs"
+    )
