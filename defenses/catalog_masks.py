@@ -54,6 +54,12 @@ _LAM_EWAS = Option(0.01, _LAM + " (papers: 0.01 on CIFAR-10, 0.05 on SVHN)", low
 _BETA = "weight of the divergence, at least 0"
 _INNER = Option("full", "inner attack climbs the full loss (paper) or the heads' alone (code)", ("full", "aux"))
 _MASK = Option("label", "masks in the inner attack: true label (code) or own argmax", ("label", "argmax"))
+_INDEX = Option(
+    "own",
+    "masks at test time by each module's own argmax (code), or the main logits' (the paper's Algorithm 1, read as a "
+    "second pass)",
+    ("own", "main"),
+)
 _SLOTS = Option(
     "auto",
     "slots that hold masks, joined by '-'; auto: the papers' places "
@@ -151,6 +157,8 @@ def _spec(
         module=module.name,
         twin=recipe,
         options=options,
+        eval_options={"index": _INDEX} if module is _FGAA else {},
+        apply="arena_defenses.masks:follow" if module is _FGAA else None,
         presets=settings,
         published=published,
     )

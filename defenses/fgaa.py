@@ -3,7 +3,7 @@
 ResNet-18: at the end, after the ReLU, of each of the two layer4 blocks, so the second head sees features that the first
 has masked; VGG16 and wide residual networks: ``placement.late``. Masks have no bias. At test time each module follows
 its own head's argmax, as the official code does; the paper's Algorithm 1 says the argmax of the main logits, which lie
-downstream of the mask, and is not offered.
+downstream of the mask: ``masks.follow``.
 """
 
 from __future__ import annotations

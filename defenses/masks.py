@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from arena.backbones import DatasetInfo, place, slot_shapes
-from arena.selection import Select
+from arena.selection import Mode, Select, choosing
 from arena.surface import Head, Selection, Surface
 
 #: What a mask weighs: every element of the map, whole channels, or positions across channels.
@@ -80,3 +81,24 @@ def surface(model: nn.Module) -> Surface:
         },
         random=False,
     )
+
+
+def follow(model: nn.Module, index: str = "own") -> None:
+    """Let masks be chosen at test time by their ``own`` argmax or by the ``main`` logits' (FGAA's Algorithm 1).
+
+    The main logits lie downstream of the masks, so ``main`` takes two passes: the first by own argmax, the second with
+    all masks of the class that the first answers. That reading is arena's; the paper does not say how. Heads are those
+    of the first pass. A ``Select`` that an attack softens or forces keeps its mode in both.
+    """
+    if index == "main":
+        model.register_forward_hook(_again)
+
+
+def _again(model: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> Tensor:
+    if model.training:
+        return logits
+    chosen = Mode("forced", classes=logits.detach().argmax(1))
+    hard = {path: m for path, m in model.named_modules() if isinstance(m, Select) and m.mode.kind == "hard"}
+    with choosing(hard, dict.fromkeys(hard, chosen)):
+        found: Tensor = model.forward(*inputs)
+    return found
