@@ -9,9 +9,13 @@ from arena_defenses.backbones import cnn, resnet18
 from arena_defenses.cifs import ImportanceMask, Joint
 
 from arena.backbones import DatasetInfo
+from arena.models import plan
+from arena.plugins import registry
 from arena.selection import Mode, choosing, supervise, training_step
 from arena.stages import Usual
 from arena.surface import Reader, Reading, selects, submodule
+from arena.threat import Threat
+from arena.watch import Silent
 
 # Two channels with means (1, 2) on a (1, 2) map; probe rows (2, 0), (0, 1), (-1, -1): scores (2, 2.5, -3) with bias.
 A = torch.tensor([[[[0.0, 2.0]], [[2.0, 2.0]]]])
@@ -122,6 +126,26 @@ def test_recipe_and_warm_start():
     assert stage.start_from == "cifs_rt(labels=true,lam=1,scale=2,slots=auto)"
     assert cifs.rt() == [Joint("rt", lam=2.0)]
     assert cifs.sat() != [Usual("sat", lam=2.0)]
+
+
+def test_warm_start_takes_the_weights_of_the_naturally_trained_model(tiny_images, arena_home):
+    made = plan(
+        "cifs_sat(warm=true,lam=1)",
+        dataset="digits",
+        images=tiny_images,
+        backbone="cnn(width=4)",
+        train_seed=0,
+        threat=Threat("Linf", "0.05"),
+        checkpoint=None,
+        surface=None,
+        registry=registry(),
+        epochs=1,
+    )
+    (start,) = made.starts.values()
+    assert start.name == "cifs_rt(lam=1)"
+    found = made.obtain(train=True, retrain=False, device="cpu", watch=Silent())
+    assert start.cached()
+    assert found.build()(torch.rand(8, *tiny_images.shape)).shape == (8, 3)
 
 
 def test_surface_and_shapes():
