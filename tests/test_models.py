@@ -108,7 +108,7 @@ def test_trained_once_then_found(tiny_images, arena_home):
     assert first.id == second.id
     assert first.name == "fgaa_sat(lam=1)"
     assert first.backbone == "cnn(width=4)"
-    assert (first.twin, first.options["inner"], dict(first.eval_options)) == ("sat", "full", {})
+    assert (first.twin, first.options["inner"], dict(first.eval_options)) == ("sat", "full", {"index": "own"})
     assert first.origin.startswith("adversarial-arena ")
     assert list(first.surface.heads) == ["head1", "head2"]
     folder = home() / "models" / found.training_key[:16]
