@@ -289,19 +289,10 @@ def open_store(url: str | None = None) -> Store:
 
 
 def _check_file(place: str) -> None:
-    """Refuse a file that cannot be a store before SQLite touches it."""
-    path = Path(place)
-    if place == ":memory:" or not path.exists():
-        return
-    if not path.is_file():
+    """Refuse what is no file. Its content is SQLite's to judge: opening and closing the file here would drop the locks
+    that another connection of this process holds on it."""
+    if place != ":memory:" and Path(place).exists() and not Path(place).is_file():
         raise ArenaError(f"store {place} is not a file")
-    try:
-        with path.open("rb") as file:
-            head = file.read(16)
-    except OSError as error:
-        raise ArenaError(f"store {place} cannot be read ({error.strerror})") from None
-    if head and head != b"SQLite format 3\0":
-        raise ArenaError(f"store {place} is damaged or no database; it is left as it is: move it away to begin anew")
 
 
 def _sqlite_settings(connection: Any, _: Any) -> None:

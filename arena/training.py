@@ -341,8 +341,8 @@ def _score(entry: Mapping[str, Any]) -> tuple[float, float]:
 
 def _note(entry: Mapping[str, Any], best: Mapping[str, Any]) -> str:
     seen = entry if "natural" in entry else best
-    figures = [f"{k} {seen[k]:.1f}" for k in ("natural", "pgd") if k in seen]
-    return ", ".join([f"loss {entry['loss']:.3f}", *([f"held out: {', '.join(figures)}"] if figures else [])])
+    figures = [f"{k} {seen[k]:.1f}" for k in ("natural", "pgd") if k in seen]  # on held-out images
+    return ", ".join([*figures, f"loss {entry['loss']:.2f}"])  # a narrow screen cuts the end
 
 
 def _save(

@@ -149,7 +149,8 @@ def _attacks(console: Console, record: Record, everything: bool) -> None:
     columns += [">forw.", ">backw.", ">time"]
     columns += ["violations"] if rules else []
     made = table(*columns, tight=console.width < WIDE)
-    folded = {} if everything else {m: s for s in record.get("sweeps") or () for m in s["members"]}
+    sweeps = [] if everything else [s for s in record.get("sweeps") or () if len(s["members"]) > 1]
+    folded = {m: s for s in sweeps for m in s["members"]}
     hidden = 0
     for place, attack in enumerate(rows):
         sweep = folded.get(attack["name"])
@@ -163,7 +164,12 @@ def _attacks(console: Console, record: Record, everything: bool) -> None:
     console.print(made)
     console.print(cell("alone: % of n standing against it alone; left: % standing in its roster", "dim"))
     if hidden:
-        console.print(cell(f"{hidden} rows of sweeps are only in the per-example minimum: --all shows them", "dim"))
+        console.print(
+            cell(
+                f"{hidden} row{'s' if hidden > 1 else ''} of sweeps only in the per-example minimum: --all shows all",
+                "dim",
+            )
+        )
 
 
 def _minimum(sweep: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -49,6 +49,15 @@ def test_a_sweep_is_folded_into_its_minimum_with_lambda_zero(arena, plant, recor
     assert "minimum" not in unfolded
 
 
+def test_a_sweep_of_one_row_is_that_row(arena, plant, record):
+    record["attacks"] = record["attacks"][:2] + record["attacks"][3:4]
+    record["sweeps"][0]["members"] = ["lambda_pgd(lam=1)"]
+    plant(record)
+    text = squeeze(arena("show", "0123").out)
+    assert "lambda_pgd(lam=1) ok" in text
+    assert "minimum" not in text
+
+
 def test_a_failed_row_of_a_sweep_is_never_hidden(arena, plant, record):
     record["attacks"][4] |= {"status": "failed", "error": "RuntimeError: boom"}
     plant(record)
