@@ -88,6 +88,7 @@ def command(
     console.print(cell(f"{word}: {found.confirmed} of {found.claimed} examples break the model", style="bold"))
     parts = [f"{found.refuted} refuted", f"{found.borderline} borderline"]
     parts += [f"{n} {kind}" for kind, n in found.violations.items()]
+    parts += [f"{found.natural_errors} of points misclassified anyway"] if found.natural_errors else []
     console.print(cell(", ".join(parts)))
     if found.robust_accuracy is not None:
         numbers = f"worst case {percent(found.robust_accuracy)} % (95 %: {interval(found.ci95)})"

@@ -15,7 +15,15 @@ from arena.verify import Verification
 def scored(monkeypatch):
     """Replace the scoring; ``calls`` holds what it was asked."""
     calls = []
-    found = {"agrees": True, "claimed": 262, "confirmed": 262, "refuted": 0, "borderline": 1, "violations": {}}
+    found = {
+        "agrees": True,
+        "claimed": 262,
+        "confirmed": 262,
+        "natural_errors": 0,
+        "refuted": 0,
+        "borderline": 1,
+        "violations": {},
+    }
     found |= {"natural": 97.5, "robust_accuracy": 34.5, "ci95": [30.0, 39.3], "model": "m" * 64, "lines": []}
 
     def verify(what, registry, watch, **options):
@@ -44,6 +52,7 @@ def test_disagreement(arena, scored, plant, record):
     scored.found |= {
         "agrees": False,
         "confirmed": 260,
+        "natural_errors": 3,
         "violations": {"outside_ball": 2},
         "lines": ["two [are] outside"],
     }
@@ -51,6 +60,7 @@ def test_disagreement(arena, scored, plant, record):
     assert done.code == 1
     assert "DISAGREES: 260 of 262" in done.out
     assert "2 outside_ball" in done.out
+    assert "3 of points misclassified anyway" in done.out
     assert "! two [are] outside" in done.out
     done = arena("verify", "0123", "--json")
     assert (done.code, json.loads(done.out)["lines"]) == (1, ["two [are] outside"])
@@ -67,7 +77,7 @@ def test_a_file_has_no_worst_case(arena, scored):
 
 def test_refusals(arena, scored):
     assert arena("verify", "abc").refusal == "unknown result 'abc'; the store is empty"
-    assert "No such file" in arena("verify", "none.json").refusal
+    assert "no such file" in arena("verify", "none.json").refusal
     missing = arena("verify", "x.npz", "--against", "sat", "--plugin", "nowhere").refusal
     assert missing.startswith("unknown package with plugins 'nowhere'")
     assert not scored.calls
