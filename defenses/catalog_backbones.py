@@ -33,4 +33,29 @@ def backbones() -> list[BackboneSpec]:
             {"width": Option(64, "channels of the first convolution", low=1, high=512)},
             paper="He et al., Deep Residual Learning for Image Recognition, CVPR 2016",
         ),
+        *_deepdefense(),
+    ]
+
+
+def _deepdefense() -> list[BackboneSpec]:
+    return [
+        BackboneSpec(
+            "deepdefense_cnn",
+            "DeepDefense's CNN: two 3x3 convolutions with max pools, three linear layers without biases",
+            "arena_defenses.backbones_small:deepdefense_cnn",
+            ("out1", "out2"),
+            {
+                "width": Option(32, "channels of the convolutions; the linear layers scale with it", low=1, high=512),
+                "activation": Option("relu", "activation (the paper does not say)", ("relu", "tanh", "gelu")),
+            },
+            paper="DeepDefense",
+        ),
+        BackboneSpec(
+            "mlp",
+            "DeepDefense's perceptron: three linear layers without biases, tanh; no slots",
+            "arena_defenses.backbones_small:mlp",
+            (),
+            {"width": Option(600, "first hidden layer; the second is half as wide", low=1, high=8192)},
+            paper="DeepDefense",
+        ),
     ]
