@@ -77,4 +77,29 @@ def backbones() -> list[BackboneSpec]:
         _wrn("wrn32_10", "EWAS's WRN-32-10: its code builds five blocks a group, the same network as wrn34_10", 5, 10),
         _wrn("wrn28_10", "WRN-28-10: wide residual network, four pre-activation blocks a group", 4, 10),
         _wrn("wrn16_8", "WRN-16-8: wide residual network, two pre-activation blocks a group", 2, 8),
+        *_deepdefense(),
+    ]
+
+
+def _deepdefense() -> list[BackboneSpec]:
+    return [
+        BackboneSpec(
+            "deepdefense_cnn",
+            "DeepDefense's CNN: two 3x3 convolutions with max pools, three linear layers without biases",
+            "arena_defenses.backbones_small:deepdefense_cnn",
+            ("out1", "out2"),
+            {
+                "width": Option(32, "channels of the convolutions; the linear layers scale with it", low=1, high=512),
+                "activation": Option("relu", "activation (the paper does not say)", ("relu", "tanh", "gelu")),
+            },
+            paper="DeepDefense",
+        ),
+        BackboneSpec(
+            "mlp",
+            "DeepDefense's perceptron: three linear layers without biases, tanh; no slots",
+            "arena_defenses.backbones_small:mlp",
+            (),
+            {"width": Option(600, "first hidden layer; the second is half as wide", low=1, high=8192)},
+            paper="DeepDefense",
+        ),
     ]
