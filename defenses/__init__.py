@@ -7,7 +7,15 @@ from collections.abc import Iterable
 from arena.hookspecs import hookimpl
 from arena.specs import BackboneSpec, DefenseSpec
 
-from . import catalog_backbones, catalog_masks, catalog_plain
+from . import (
+    catalog_backbones,
+    catalog_denoise,
+    catalog_fsr,
+    catalog_masks,
+    catalog_plain,
+    catalog_sap,
+    catalog_training,
+)
 
 
 @hookimpl
@@ -19,5 +27,5 @@ def arena_register_backbones() -> Iterable[BackboneSpec]:
 @hookimpl
 def arena_register_defenses() -> Iterable[DefenseSpec]:
     """Offer the built-in defenses."""
-    for catalog in (catalog_plain, catalog_masks):
+    for catalog in (catalog_plain, catalog_training, catalog_masks, catalog_fsr, catalog_denoise, catalog_sap):
         yield from catalog.defenses()
