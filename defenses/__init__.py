@@ -7,7 +7,29 @@ from collections.abc import Iterable
 from arena.hookspecs import hookimpl
 from arena.specs import BackboneSpec, DefenseSpec
 
-from . import catalog_backbones, catalog_gradients, catalog_masks, catalog_pcl, catalog_plain
+from . import (
+    catalog_backbones,
+    catalog_denoise,
+    catalog_fsr,
+    catalog_gradients,
+    catalog_masks,
+    catalog_pcl,
+    catalog_plain,
+    catalog_sap,
+    catalog_training,
+)
+
+#: In the order of listing.
+CATALOGS = (
+    catalog_plain,
+    catalog_training,
+    catalog_masks,
+    catalog_fsr,
+    catalog_denoise,
+    catalog_sap,
+    catalog_gradients,
+    catalog_pcl,
+)
 
 
 @hookimpl
@@ -19,5 +41,5 @@ def arena_register_backbones() -> Iterable[BackboneSpec]:
 @hookimpl
 def arena_register_defenses() -> Iterable[DefenseSpec]:
     """Offer the built-in defenses."""
-    for catalog in (catalog_plain, catalog_masks, catalog_gradients, catalog_pcl):
+    for catalog in CATALOGS:
         yield from catalog.defenses()
