@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from arena.statistics import rank_ranges
+from arena.statistics import rank_ranges, wilson
 
 if TYPE_CHECKING:
     from arena.store import Store
@@ -36,7 +36,7 @@ class Row:
     """Threat model of the training where it was not the data set's default, else empty."""
     natural: float
     worst_case: float | None
-    """Per-example worst case over all attacks of the result; None: nothing was played."""
+    """Per-example worst case over all attacks of all results of the model at this key; None: nothing was played."""
     ci95: tuple[float, float] | None
     autoattack: float | None
     """None: the roster was not played."""
@@ -111,11 +111,12 @@ def _table(store: Store, records: list[dict[str, Any]], defense: str | None, wan
         held = chosen.get(record["model"]["id"])
         if held is None or _weight(record, wanted) >= _weight(held, wanted):
             chosen[record["model"]["id"]] = record
-    ordered = sorted(chosen.values(), key=lambda r: (-(r["worst_case"]["robust_accuracy"] or 0), r["defense"], r["id"]))
+    standing = {model: _standing(store, [r for r in records if r["model"]["id"] == model]) for model in chosen}
+    ordered = sorted(chosen.values(), key=lambda r: (-sum(standing[r["model"]["id"]]), r["defense"], r["id"]))
     ranked = [r for r in ordered if not why_unranked(r)]
-    ranges = rank_ranges([_survived(store, r["id"]) for r in ranked])
-    rows = [_row(r, span) for r, span in zip(ranked, ranges, strict=True)]
-    unranked = [_row(r, None) for r in ordered if why_unranked(r)]
+    ranges = rank_ranges([standing[r["model"]["id"]] for r in ranked])
+    rows = [_row(r, standing[r["model"]["id"]], span) for r, span in zip(ranked, ranges, strict=True)]
+    unranked = [_row(r, standing[r["model"]["id"]], None) for r in ordered if why_unranked(r)]
     last = records[-1]["asked"]
     data, indices, norm, _, n = _key(records[-1])
 
@@ -130,10 +131,17 @@ def _weight(record: Mapping[str, Any], wanted: set[str] | None) -> tuple[bool, b
     return wanted is not None and record["id"] in wanted, not why_unranked(record)
 
 
-def _survived(store: Store, result: str) -> list[bool]:
-    """Return survival by ascending data-set index: equal keys have equal points, whatever their order."""
-    outcomes = store.outcomes(result)
-    return [held for _, held in sorted(zip(outcomes.index, outcomes.survived, strict=True))]
+def _standing(store: Store, records: list[dict[str, Any]]) -> list[bool]:
+    """Return which points of one model no result has broken, by ascending data-set index.
+
+    Verified breaks of any match count: a later, kinder line-up does not make a model better.
+    """
+    points: list[bool] = []
+    for record in records:
+        outcomes = store.outcomes(record["id"])
+        held = [held for _, held in sorted(zip(outcomes.index, outcomes.survived, strict=True))]
+        points = [a and b for a, b in zip(points, held, strict=True)] if points else held
+    return points
 
 
 def _asked_for(name: str, wanted: str | None) -> bool:
@@ -159,8 +167,10 @@ def verdict(record: Mapping[str, Any]) -> str:
     return str((record.get("audit") or {}).get("verdict") or "not_audited")
 
 
-def _row(record: Mapping[str, Any], rank: tuple[int, int] | None) -> Row:
-    asked, worst = record["asked"], record["worst_case"]
+def _row(record: Mapping[str, Any], standing: list[bool], rank: tuple[int, int] | None) -> Row:
+    asked = record["asked"]
+    played = record["worst_case"]["robust_accuracy"] is not None
+    n, left = len(standing), sum(standing)
     rosters = {r["name"]: r["robust_accuracy"] for r in record["rosters"]}
     return Row(
         rank=rank,
@@ -169,8 +179,8 @@ def _row(record: Mapping[str, Any], rank: tuple[int, int] | None) -> Row:
         train_seed=int(asked.get("train_seed") or 0),
         trained_against=" ".join(str(asked[k]) for k in ("train_norm", "train_eps") if asked.get(k)),
         natural=record["natural"]["accuracy"],
-        worst_case=worst["robust_accuracy"],
-        ci95=None if worst["ci95"] is None else (worst["ci95"][0], worst["ci95"][1]),
+        worst_case=100.0 * left / n if played else None,
+        ci95=wilson(left, n) if played else None,
         autoattack=rosters.get("autoattack"),
         adaptive=rosters.get("adaptive"),
         verdict=verdict(record),

@@ -16,6 +16,7 @@ from arena.arrangement import Arrangement, indices_hash
 from arena.attack import Setup, Unsupported
 from arena.audit import AuditContext, statuses, verdict
 from arena.check import PROBE, changed_parts, check_defense, state_hash
+from arena.contender import seeded
 from arena.datasets import to_float
 from arena.diagnosis import diagnose
 from arena.engine import Outcome, run_iterated, run_plain
@@ -164,17 +165,19 @@ class Playing:
             attack = load(spec.iterate)(setup, **planned.options)
             draws = DRAWS if self.surface.random else 1
             self.watch.phase(planned.name, len(x) * attack.passes()[0] * draws, "forwards")
-            return run_iterated(
-                attack,
-                self.target,
-                x,
-                y,
-                index,
-                None,
-                keeper,
-                lambda forwards, done: self.watch.advance(forwards, f"{done} of {len(x)} points done"),
-                draws=draws,
-            )
+            # A random model draws from the global generator: the same match draws the same numbers.
+            with seeded(int(stream.bits(self.index[:1], 0, 0, 1)[0, 0])):
+                return run_iterated(
+                    attack,
+                    self.target,
+                    x,
+                    y,
+                    index,
+                    None,
+                    keeper,
+                    lambda forwards, done: self.watch.advance(forwards, f"{done} of {len(x)} points done"),
+                    draws=draws,
+                )
         assert spec.run is not None
         options = dict(planned.options)
         self.watch.phase(planned.name, len(x), "points")

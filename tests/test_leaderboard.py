@@ -169,7 +169,7 @@ def test_formats_tell_the_same(board):
     assert [(r["defense"], r["rank_best"], r["adaptive"]) for r in rows] == [("sat", "1", "67.5"), ("fgaa_sat", "", "")]
     assert rows[1]["reason"] == "adaptive not played"
     text = as_markdown(tables)
-    assert "| 1 | sat (train seed 3) | cnn | 97.5 | 62.5 (58.5-66.5) | 67.5 | 67.5 | not_audited | 3000 |" in text
+    assert "| 1 | sat (train seed 3) | cnn | 97.5 | 62.5 (57.7-67.1) | 67.5 | 67.5 | not_audited | 3000 |" in text
     assert "- fgaa_sat, worst case 75.0 (71.0-79.0): adaptive not played" in text
 
 
@@ -191,3 +191,13 @@ def test_no_torch_is_imported(board):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_kinder_line_up_later_does_not_make_a_model_better(board):
+    """Verified breaks of any match of the model count."""
+    board.add("a1", "sat", 240)
+    board.add("a2", "sat", 400)
+    (table,) = standings(board)
+    (row,) = table.rows
+    assert row.worst_case == 60.0
+    assert row.ci95[0] < 60.0 < row.ci95[1]

@@ -25,18 +25,18 @@ def threshold(bound: float = 0.5) -> nn.Module:
 
 X = torch.full((4, 1, 2, 2), 0.45)
 Y = torch.zeros(4, dtype=torch.int64)
-I = torch.arange(4)
+INDEX = torch.arange(4)
 
 
 def test_a_planted_break_inside_the_ball_counts():
-    word = Referee(threshold(), Threat.parse("Linf", "0.1")).judge(X, X + 0.09, Y, I)
+    word = Referee(threshold(), Threat.parse("Linf", "0.1")).judge(X, X + 0.09, Y, INDEX)
     assert word.broken.all()
     assert word.violations == {}
     assert (word.margin < 0).all()
 
 
 def test_the_same_break_outside_the_ball_does_not():
-    word = Referee(threshold(), Threat.parse("Linf", "0.08")).judge(X, X + 0.09, Y, I)
+    word = Referee(threshold(), Threat.parse("Linf", "0.08")).judge(X, X + 0.09, Y, INDEX)
     assert not word.broken.any()
     assert word.violations == {"ball": 4}
 
@@ -52,7 +52,7 @@ def test_the_same_break_outside_the_ball_does_not():
     ],
 )
 def test_violations_are_counted_by_kind(x_adv, kind):
-    word = Referee(threshold(), Threat.parse("Linf", "0.1")).judge(X, x_adv, Y, I)
+    word = Referee(threshold(), Threat.parse("Linf", "0.1")).judge(X, x_adv, Y, INDEX)
     assert word.violations == {kind: 4}
     assert not word.broken.any()
     assert not word.valid.any()
@@ -61,7 +61,7 @@ def test_violations_are_counted_by_kind(x_adv, kind):
 def test_one_bad_row_does_not_spoil_the_others():
     x_adv = X + 0.09
     x_adv[2] = float("nan")
-    word = Referee(threshold(), Threat.parse("Linf", "0.1")).judge(X, x_adv, Y, I)
+    word = Referee(threshold(), Threat.parse("Linf", "0.1")).judge(X, x_adv, Y, INDEX)
     assert word.broken.tolist() == [True, True, False, True]
     assert word.violations == {"nan": 1}
 
@@ -71,7 +71,7 @@ def test_logits_that_are_not_finite_are_no_right_answer():
         def forward(self, x):
             return torch.full((len(x), 2), float("nan"))
 
-    word = Referee(Nan(), Threat.parse("Linf", "0.1")).judge(X, X + 0.05, Y, I)
+    word = Referee(Nan(), Threat.parse("Linf", "0.1")).judge(X, X + 0.05, Y, INDEX)
     assert word.broken.all()
     assert word.nonfinite == 4
     assert word.violations == {}
@@ -80,7 +80,7 @@ def test_logits_that_are_not_finite_are_no_right_answer():
 def test_a_point_is_never_modified():
     x_adv = X + 0.3
     before = x_adv.clone()
-    Referee(threshold(), Threat.parse("Linf", "0.1")).judge(X, x_adv, Y, I)
+    Referee(threshold(), Threat.parse("Linf", "0.1")).judge(X, x_adv, Y, INDEX)
     assert torch.equal(x_adv, before)
 
 
@@ -126,6 +126,6 @@ def test_margins_within_rounding_are_borderline():
             lead = x.flatten(1).mean(1) - 0.5
             return torch.stack((-lead, lead, torch.full_like(lead, -1.0)), 1)
 
-    word = Referee(Scaled(), Threat.parse("Linf", "0.1")).judge(X, near, Y, I)
+    word = Referee(Scaled(), Threat.parse("Linf", "0.1")).judge(X, near, Y, INDEX)
     assert word.borderline == 4
     assert not word.broken.any()
