@@ -170,7 +170,7 @@ def test_formats_tell_the_same(board):
     assert rows[1]["reason"] == "adaptive not played"
     text = as_markdown(tables)
     assert "| 1 | sat (train seed 3) | cnn | 97.5 | 62.5 (57.7-67.1) | 67.5 | 67.5 | not_audited | 3000 |" in text
-    assert "- fgaa_sat, worst case 75.0 (71.0-79.0): adaptive not played" in text
+    assert "- fgaa_sat, worst case 75.0 (70.5-79.0): adaptive not played" in text
 
 
 def test_a_match_that_was_never_played_has_no_number(board):
