@@ -20,7 +20,9 @@ def question(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add what names a data set, a backbone and a threat model."""
     for option in reversed(
         (
-            click.option("--dataset", metavar="NAME", help="Data set: a listed name or npz:FILE.  [default: digits]"),
+            click.option(
+                "--dataset", metavar="NAME", help="Data set: a listed name, npz:FILE or folder:DIR.  [default: digits]"
+            ),
             click.option("--backbone", metavar="NAME", help="Network; its options in brackets: 'resnet18(width=32)'."),
             click.option("--norm", metavar="NORM", help="Linf, L2, L1 or L0.  [default: the data set's]"),
             click.option("--eps", metavar="EPS", help="Radius in pixels of 1: 8/255, 0.2.  [default: the data set's]"),
