@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from arena.hookspecs import hookimpl
 from arena.specs import BackboneSpec, DefenseSpec
 
-from . import catalog_backbones, catalog_masks, catalog_plain
+from . import catalog_backbones, catalog_conditional, catalog_masks, catalog_plain
 
 
 @hookimpl
@@ -19,5 +19,5 @@ def arena_register_backbones() -> Iterable[BackboneSpec]:
 @hookimpl
 def arena_register_defenses() -> Iterable[DefenseSpec]:
     """Offer the built-in defenses."""
-    for catalog in (catalog_plain, catalog_masks):
+    for catalog in (catalog_plain, catalog_masks, catalog_conditional):
         yield from catalog.defenses()
