@@ -19,6 +19,8 @@ from .afa import gates, through
 
 #: Stage II has a fifth of stage I's epochs and a tenth of its rate, and drops the rate halfway (20, 0.01 and 10).
 SHARE, SLOWER = 5, 10
+#: Stage II's rate under short presets without milestones: at a tenth of digits' rate, W_0 was seen to stay at 0.5.
+CYCLE_RATE = 0.1
 
 
 def strengths(k: int) -> list[Fraction]:
@@ -137,9 +139,10 @@ class Weighing:
     adversarial: bool = True
 
     def preset(self, preset: Preset) -> Preset:
-        """Return stage II's settings: a tenth of the rate, dropped halfway where the preset has milestones."""
-        halfway = (self.epochs(preset) / 2,) if preset.milestones else ()
-        return replace(preset, lr=preset.lr / SLOWER, milestones=halfway)
+        """Return stage II's settings: a tenth of the rate, dropped halfway; without milestones one cycle to 0.1."""
+        if not preset.milestones:
+            return replace(preset, lr=CYCLE_RATE)
+        return replace(preset, lr=preset.lr / SLOWER, milestones=(self.epochs(preset) / 2,))
 
     def epochs(self, preset: Preset) -> int:
         """Return a fifth of the preset's epochs, at least one if it has any."""

@@ -300,7 +300,8 @@ def test_stage_two_is_shorter_and_slower():
     stage = afa_stages.Weighing()
     own = settings(stage, Preset(100, lr=0.1, milestones=(75, 90)))
     assert (stage.epochs(Preset(100)), own.lr, own.milestones, own.epochs) == (20, pytest.approx(0.01), (10.0,), 100)
-    assert settings(stage, Preset(30)).milestones == ()
+    cycle = settings(stage, Preset(30, lr=0.03))
+    assert (cycle.milestones, cycle.lr) == ((), 0.1)
     assert [stage.epochs(Preset(n)) for n in (0, 1, 30)] == [0, 1, 6]
     assert settings(afa_stages.Branches("sat"), PRESET) is PRESET
 
