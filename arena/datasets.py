@@ -1,4 +1,4 @@
-"""Data sets: the embedded default ``digits``, files (``npz:FILE``) and plugins' sets, all as one ``Images``.
+"""Data sets as ``Images``: the embedded ``digits``, files (``npz:FILE``, ``folder:DIR``), public and plugins' sets.
 
 Pictures stay uint8 where they come as uint8 and become float32 in [0, 1] a batch at a time, on the device. Importing
 this module does not import torch: it is an entry point, loaded for every ``arena list``.
@@ -200,29 +200,33 @@ def _labels(where: str, key: str, y: np.ndarray, n: int) -> Tensor:
     return torch.from_numpy(y.astype(np.int64))
 
 
-NPZ = "npz:"
+NPZ, FOLDER = "npz:", "folder:"
 
 
 def describe(name: str, registry: Registry) -> DatasetSpec:
-    """Find a data set's spec by name; ``npz:FILE`` is described without being read.
+    """Find a data set's spec by name; ``npz:FILE`` and ``folder:DIR`` are described without being read.
 
     Raises:
         ArenaError: unknown name.
     """
     if name.startswith(NPZ):
         return DatasetSpec("npz", "pictures from a file", "arena.datasets:from_npz", backbone="cnn")
+    if name.startswith(FOLDER):
+        return DatasetSpec("folder", "pictures from a folder", "arena.folders:from_folder")
     spec: DatasetSpec = registry.get("dataset", name).spec
     return spec
 
 
 def open_images(name: str, registry: Registry) -> Images:
-    """Load a data set by name or ``npz:FILE``.
+    """Load a data set by name, ``npz:FILE`` or ``folder:DIR``. Never downloads.
 
     Raises:
-        ArenaError: unknown name or unreadable file.
+        ArenaError: unknown name, or files that are missing or unreadable.
     """
-    if name.startswith(NPZ):
-        return from_npz(Path(name.removeprefix(NPZ)).expanduser())
+    for prefix in (NPZ, FOLDER):
+        if name.startswith(prefix):
+            made: Images = load(describe(name, registry).load)(Path(name.removeprefix(prefix)).expanduser())
+            return made
     found = registry.get("dataset", name)
     try:
         images = load(found.spec.load)()
@@ -243,15 +247,23 @@ def open_images(name: str, registry: Registry) -> Images:
 
 @hookimpl
 def arena_register_datasets() -> Iterable[DatasetSpec]:
-    """Offer the embedded default."""
-    return [
-        DatasetSpec(
-            "digits",
-            "1,797 real scans of handwritten digits, 8x8 grey (UCI, embedded in scikit-learn); the offline default",
-            "arena.datasets:digits",
-            norm="Linf",
-            eps="0.2",
-            backbone="cnn",
-            cpu=True,
-        )
-    ]
+    """Offer the embedded default and the public sets of ``arena.downloads``."""
+    yield DatasetSpec(
+        "digits",
+        "1,797 real scans of handwritten digits, 8x8 grey (UCI, embedded in scikit-learn); the offline default",
+        "arena.datasets:digits",
+        norm="Linf",
+        eps="0.2",
+        backbone="cnn",
+        cpu=True,
+    )
+    for name, summary, eps, backbone in (
+        ("mnist", "70,000 scans of handwritten digits, 28x28 grey", "0.3", "cnn"),
+        ("fashion_mnist", "70,000 pictures of clothes, 10 classes, 28x28 grey", "0.1", "resnet18"),
+        ("cifar10", "60,000 pictures of 10 classes, 32x32 RGB", "8/255", "resnet18"),
+        ("cifar100", "60,000 pictures of 100 classes, 32x32 RGB", "8/255", "resnet18"),
+        ("svhn", "99,289 digits of house numbers, 32x32 RGB", "8/255", "resnet18"),
+        ("tiny_imagenet", "110,000 pictures of 200 classes, 64x64 RGB; its validation set tests", "8/255", "resnet18"),
+    ):
+        summary += f" (arena data get {name})"
+        yield DatasetSpec(name, summary, f"arena.downloads:{name}", norm="Linf", eps=eps, backbone=backbone)

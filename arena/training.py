@@ -138,7 +138,8 @@ def fit(
                 optimizers: list[torch.optim.Optimizer] = []
                 for epoch in range(max(done - before, 0), total):
                     generator = _seed_epoch(device, train_seed, s, epoch)
-                    ctx = Context(preset, threat, images.n_classes, surface, read, generator, epoch)
+                    own = settings(stage, preset)
+                    ctx = Context(own, threat, images.n_classes, surface, read, generator, epoch)
                     if not optimizers:
                         _freeze(model, stage)
                         optimizers = stage.optimizers(model, ctx)
@@ -196,6 +197,12 @@ def seed_of(*parts: object) -> int:
 def _seed_epoch(device: torch.device, train_seed: int, stage: int, epoch: int) -> torch.Generator:
     torch.manual_seed(seed_of("model", train_seed, stage, epoch))
     return torch.Generator(device).manual_seed(seed_of("loop", train_seed, stage, epoch))
+
+
+def settings(stage: Stage, preset: Preset) -> Preset:
+    """Return what a stage makes of the preset, if it has a method ``preset(preset)``: its own rate or milestones."""
+    change: Callable[[Preset], Preset] | None = getattr(stage, "preset", None)
+    return change(preset) if change else preset
 
 
 def _begin(model: nn.Module, stage: Stage, start: Callable[[str], Mapping[str, Tensor]] | None) -> None:

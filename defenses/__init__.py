@@ -9,6 +9,7 @@ from arena.specs import BackboneSpec, DefenseSpec
 
 from . import (
     catalog_backbones,
+    catalog_conditional,
     catalog_denoise,
     catalog_fsr,
     catalog_gradients,
@@ -29,6 +30,7 @@ CATALOGS = (
     catalog_sap,
     catalog_gradients,
     catalog_pcl,
+    catalog_conditional,
 )
 
 

@@ -99,6 +99,28 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@dataclass(frozen=True)
+class Slow(Usual):
+    """A stage with a rate, a number of steps and milestones of its own."""
+
+    def preset(self, preset: Preset) -> Preset:
+        return replace(preset, lr=preset.lr / 4, steps=0, milestones=(1,), decay=0.5)
+
+
+def test_a_stage_may_have_settings_of_its_own(tiny_images, tmp_path, monkeypatch):
+    seen = []
+    step = torch.optim.SGD.step
+
+    def noted(self, *args, **kwargs):
+        seen.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", noted)
+    preset = replace(PRESET, epochs=2, batch=27, milestones=(9,))
+    train(tiny_images, tmp_path, stages=[Usual("sat"), Slow("sat"), Usual("rt")], preset=preset)
+    assert seen == pytest.approx([0.1, 0.1, 0.025, 0.0125, 0.1, 0.1])
+
+
 def test_it_learns_and_reports(tiny_images, tmp_path):
     watch = Kill()
     model, fitted = train(tiny_images, tmp_path, watch=watch, preset=replace(PRESET, epochs=25, augment="none"))

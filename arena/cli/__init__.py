@@ -21,6 +21,7 @@ COMMANDS = {
     "show": "Show a stored result again.",
     "verify": "Re-score a result's adversarial examples, or somebody's file.",
     "list": "List defenses, attacks, rosters, data sets, backbones.",
+    "data": "Download public data sets, and see which are there.",
     "plugins": "See what is installed and what is wrong with it.",
 }
 _MODULES = {"list": "listing"}

@@ -40,7 +40,7 @@ def question(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--dataset",
                 metavar="NAME",
                 callback=_dataset,
-                help="Data set: a listed name or npz:FILE.  [default: digits]",
+                help="Data set: a listed name, npz:FILE or folder:DIR.  [default: digits]",
             ),
             click.option("--backbone", metavar="NAME", help="Network; its options in brackets: 'resnet18(width=32)'."),
             click.option("--norm", metavar="NORM", help="Linf, L2, L1 or L0.  [default: the data set's]"),

@@ -36,6 +36,7 @@ sys.exit(code)
         "--version",
         "list",
         "list --json",
+        "data list",
         "plugins list",
         "plugins doctor",
         "leaderboard",
@@ -203,11 +204,11 @@ def test_the_leaderboard_of_own_models_has_ids_and_no_dangling_separator(arena, 
 
 def test_lists(arena):
     text = arena("list").out
-    assert re.match(r"\d+ defenses, \d+ attacks, \d+ rosters, 1 dataset, \d+ backbones\n", text)
+    assert re.match(r"\d+ defenses, \d+ attacks, \d+ rosters, \d+ datasets, \d+ backbones\n", text)
     assert all(name in text for name in ("fgaa_sat", "pgd", "digits", "cnn"))
     data = json.loads(arena("list", "--json").out)
     assert sorted(data) == ["attacks", "backbones", "datasets", "defenses", "rosters"]
-    (digits,) = json.loads(arena("list", "datasets", "--json").out)
+    (digits,) = (d for d in json.loads(arena("list", "datasets", "--json").out) if d["name"] == "digits")
     assert (digits["name"], digits["eps"], digits["origin"].split()[0]) == ("digits", "0.2", "adversarial-arena")
     sat = next(d for d in data["defenses"] if d["name"] == "fgaa_sat")
     assert sat["options"]["lam"]["default"] == 2
