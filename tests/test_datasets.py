@@ -76,7 +76,7 @@ def test_subsets_are_nested_and_hold_every_class():
 
 @pytest.mark.parametrize("n", [0, -1, 25])
 def test_subset_size_is_checked(tiny_images, n):
-    with pytest.raises(ArenaError, match=f"-n {n}: data set 'tiny' has 1 to 24 test points"):
+    with pytest.raises(ArenaError, match=f"-n {n}: expected 1 to 24, the test points of data set 'tiny'"):
         tiny_images.subset(n)
 
 

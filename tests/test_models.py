@@ -308,7 +308,7 @@ def test_sigkill_in_training_then_the_same_call_ends_alike(arena_home, tmp_path)
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line.strip())
-            if kill_after is not None and line.startswith(f"{kill_after} loss"):
+            if kill_after is not None and line.startswith(f"{kill_after} "):
                 time.sleep(0.03)
                 process.send_signal(signal.SIGKILL)
                 break
