@@ -16,7 +16,8 @@ from torch import nn
 
 from arena import hookspecs, objectives, specs
 from arena.attack import Setup, Unsupported
-from arena.backbones import DatasetInfo
+from arena.backbones import DatasetInfo, slot_shapes
+from arena.datasets import to_float
 from arena.engine import run_iterated
 from arena.plugins import _HOOK_KINDS
 from arena.rng import Stream
@@ -211,3 +212,15 @@ def test_relative_links_lead_somewhere(page):
         assert ((ROOT / page).parent / link).exists(), link
     for anchor in re.findall(r"\]\(#([^)]+)\)", text):
         assert anchor in {h.lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)}
+
+
+def test_the_data_set_and_the_backbone_work():
+    (code,) = (b for b in blocks(PLUGINS, "python") if "class TinyNet" in b)
+    names: dict = {}
+    exec(compile(code, "docs/plugins.md", "exec"), names)
+    images = names["plates"]()
+    assert images.shape == (1, 32, 64)
+    assert len(images.subset(10)) == 10
+    net = names["tiny"](images.shape, images.n_classes)
+    assert list(slot_shapes(net, images.shape, ("block1.out", "block2.out")).values()) == [(8, 16, 32), (16, 8, 16)]
+    assert net(to_float(images.x_test)).shape == (10, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,8 @@ def command(
         raise ArenaError("--precision bf16: not yet; the search runs in fp32")
     check_destination(json_to)
     options.refuse_bare_file(defense)
+    if fail_under is not None and math.isnan(fail_under):
+        raise ArenaError("--fail-under nan: expected a percentage from 0 to 100")
     given["batch_size"] = _batch_size(given["batch_size"])
     if defense.endswith(".toml"):
         from arena.cli.card import play_card

@@ -181,6 +181,7 @@ def test_refusals(arena, played, line, message):
         ("sat --vs pgd --eps huge", "eps 'huge': expected a number or a fraction such as 8/255 or 0.03"),
         ("sat --vs pgd --eps 8", "eps '8': larger than the box [0, 1]; images are in [0, 1], did you mean 8/255?"),
         ("sat --vs pgd -n 601", "-n 601: expected 1 to 600"),
+        ("sat --vs pgd --fail-under nan", "--fail-under nan: expected a percentage from 0 to 100"),
         ("sat --vs pgd --dataset npz:none.npz", "data set 'npz:none.npz': no such file"),
     ],
 )
