@@ -154,6 +154,8 @@ def from_npz(path: Path) -> Images:
         raise
     except Exception as e:  # zip, zlib and numpy each have their own ways to refuse a damaged file
         why = " ".join(str(e).split()) or type(e).__name__
+        if "pickle" in why:  # numpy's advice to load it all the same is not ours
+            why = "no zip archive of plain arrays"
         raise ArenaError(f"{where}: not a readable npz file ({why})") from None
     made: dict[str, Any] = {}
     for split in ("train", "test"):
