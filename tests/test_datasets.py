@@ -181,7 +181,7 @@ FLOATS = np.full((5, 3, 4, 4), 0.5)
         ({"y_train": np.arange(4) - 1}, "y_train holds the label -1, expected 0 and up"),
         (
             {"y_train": np.array([{}] * 4, dtype=object)},
-            "not a readable npz file (Object arrays cannot be loaded when allow_pickle=False)",
+            "not a readable npz file (no zip archive of plain arrays)",
         ),
     ],
 )
