@@ -25,7 +25,6 @@ from arena.threat import Threat
 
 #: State keys the engine owns beside ``x, y, index``: passes made for each row.
 FORWARDS, BACKWARDS = "_forwards", "_backwards"
-OWNED = ("x", "y", "index", FORWARDS, BACKWARDS)
 
 
 @dataclass
@@ -51,6 +50,7 @@ class Outcome:
     error: str = ""
     """Why the attack stopped, if it crashed."""
     trace: str = ""
+    """Traceback of the crash, for the plugin's author."""
 
     @classmethod
     def empty(cls, x: Tensor) -> Outcome:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
+import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -149,6 +150,7 @@ class Playing:
             return played
         except (Exception, SystemExit) as e:  # code of a plugin that cannot be loaded or made: contained and named
             played.status, played.error = "failed", f"{type(e).__name__}: {e}"
+            played.trace = traceback.format_exc()
             return played
         played.seconds = max(keeper.seconds(), before)
         verdict = self.referee.judge(self.x[rows], outcome.x_adv, self.y[rows], self.index[rows])
@@ -216,7 +218,7 @@ class Playing:
         for k in broken.nonzero().squeeze(1).tolist():
             self.examples.setdefault(int(rows[k]), outcome.x_adv[k].detach().cpu().clone())
         if outcome.error:
-            played.status, played.error = "failed", outcome.error
+            played.status, played.error, played.trace = "failed", outcome.error, outcome.trace
         elif played.violations:
             kinds = ", ".join(f"{count} {kind}" for kind, count in played.violations.items())
             played.status, played.error = "failed", f"of {len(rows)} points returned: {kinds}"

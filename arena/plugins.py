@@ -25,7 +25,6 @@ GROUP = "arena"
 BUILT_IN = "adversarial-arena"
 
 Spec = TypeVar("Spec", AttackSpec, RosterSpec, DefenseSpec, DatasetSpec, BackboneSpec)
-AnySpec = AttackSpec | RosterSpec | DefenseSpec | DatasetSpec | BackboneSpec
 
 KINDS: dict[str, type] = {
     "defense": DefenseSpec,

@@ -26,7 +26,6 @@ from arena.specs import text
 from arena.statistics import wilson
 
 SCHEMA = 1
-STATUSES = ("ok", "partial", "failed", "unsupported", "no_effect")
 
 
 @dataclass
@@ -54,6 +53,8 @@ class Played:
     nonfinite: int = 0
     """Points at which the model's logits were not finite; they count as broken."""
     error: str = ""
+    trace: str = ""
+    """Traceback of a crash."""
 
     @property
     def worked(self) -> bool:
@@ -93,6 +94,7 @@ def attack_row(played: Played, correct: Tensor, unique: int | None = None) -> di
         "borderline": played.borderline,
         "nonfinite": played.nonfinite,
         "error": played.error or None,
+        "trace": played.trace or None,
     }
 
 

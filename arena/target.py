@@ -191,10 +191,6 @@ class Target:
         # A weight of 0 switches a term off, also where its value is infinite.
         return (each * weights).masked_fill(weights == 0, 0.0).sum(1)
 
-    def fork(self, model: nn.Module) -> Target:
-        """Return a target on another copy of the model, sharing the meter."""
-        return Target(model, self.surface, self.n_classes, self.batch_size, self.device, self.meter)
-
 
 def _rows(query: Query, index: Tensor, grad: bool) -> Query:
     return Query(

@@ -93,6 +93,12 @@ def test_a_bad_attack_is_caught_by_name(registry, attack, status, said):
     assert record["worst_case"]["robust_accuracy"] == honest["robust_accuracy"]
 
 
+def test_a_crash_keeps_its_traceback_for_the_author(registry):
+    (row,) = ask(registry, vs=("crashes",)).record["attacks"]
+    assert "planted zero" in row["trace"]
+    assert "arena_cheats.py" in row["trace"]
+
+
 def test_only_bad_attacks_void_the_match(registry):
     record = ask(registry, vs=("crashes", "returns_input")).record
     assert record["audit"]["verdict"] == "void"
