@@ -159,6 +159,12 @@ class TrainedPlan:
             watch=watch,
             start=start,
         )
+        natural = fitted.best.get("natural")
+        if natural is not None and near_chance(natural, self.images.n_classes):
+            watch.say(
+                f"training collapsed: natural accuracy {natural:.1f} % on held-out images is near chance; "
+                "another backbone, --train-seed or preset may train"
+            )
         files = {
             name: hashlib.sha256((self.folder / name).read_bytes()).hexdigest()
             for name in ("best.safetensors", "last.safetensors")
@@ -263,6 +269,11 @@ class TrainedPlan:
 
 
 Plan = TrainedPlan | OwnPlan
+
+
+def near_chance(accuracy: float, n_classes: int) -> bool:
+    """Tell whether an accuracy in percent is below one and a half times chance: such a model has learnt nothing."""
+    return accuracy < 150.0 / n_classes
 
 
 def plan(

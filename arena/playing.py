@@ -23,7 +23,7 @@ from arena.diagnosis import diagnose
 from arena.engine import Outcome, run_iterated, run_plain
 from arena.journal import AttackKeeper, Journal
 from arena.lineup import Group, Planned, line_up
-from arena.models import Contender
+from arena.models import Contender, near_chance
 from arena.plugins import Registry
 from arena.question import Running
 from arena.referee import DRAWS, Judgement, Referee
@@ -317,6 +317,9 @@ class Playing:
         indicators += self.registry.audit(AuditContext(record, tuple(indicators)))
         record["audit"] = {"verdict": verdict(indicators), "indicators": [i.record() for i in indicators]}
         record["notes"] = [*self.arranged.notes, *map(str, self.registry.problems)]
+        natural, k = record["natural"]["accuracy"], self.arranged.images.n_classes
+        if near_chance(natural, k):
+            record["notes"].append(f"natural accuracy {natural:.1f} % is near chance ({100 / k:.1f} %): is it trained?")
         origins = [self.contender.origin, *(p.planned.spec.origin for p in rows)]
         record["provenance"] = provenance(origins, self.running.device, self.running.precision, self.started)
         record["provenance"]["seconds"] = round(time.monotonic() - self.clock, 3)

@@ -182,6 +182,12 @@ def test_batch_size_changes_nothing(registry, batch):
     assert [r["forwards"] for r in got["attacks"]] == [r["forwards"] for r in expected["attacks"]]
 
 
+def test_a_model_near_chance_is_noted(registry):
+    assert not any("near chance" in note for note in ask(registry).record["notes"])
+    record = ask(registry, "constant", vs=("square(queries=5)",)).record
+    assert any("near chance" in note for note in record["notes"])
+
+
 def test_another_seed_is_another_question_on_the_same_points(registry):
     one, two = ask(registry).record, ask(registry, seed=1).record
     assert one["asked"]["indices_sha256"] == two["asked"]["indices_sha256"]

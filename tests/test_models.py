@@ -323,3 +323,22 @@ def test_sigkill_in_training_then_the_same_call_ends_alike(arena_home, tmp_path)
     assert last[0] in ("3 resumed", "4 resumed", "5 resumed")
     assert last[-1] == whole[-1]
     assert last[-1].startswith("id ")
+
+
+def test_a_training_that_learns_nothing_is_said(arena_home):
+    """Labels that have nothing to do with the pictures."""
+    from arena.datasets import Images
+
+    said = []
+
+    class Listening(Silent):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.full((200, 1, 4, 4), 0.5), torch.arange(200) % 10
+    images = Images("noise", x, y[torch.randperm(200, generator=generator)], x[:20], y[:20], 10)
+    planned("rt", images, backbone="cnn(width=2)", epochs=1).obtain(
+        train=True, retrain=False, device="cpu", watch=Listening()
+    )
+    assert any("training collapsed" in text for text in said)

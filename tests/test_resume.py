@@ -47,7 +47,14 @@ def arena(tmp_path):
         (tmp_path / home).mkdir(exist_ok=True)
         command = [
             *(sys.executable, "-m", "arena", "match", f"{tmp_path / 'mine.py'}:factory"),
-            *("--vs", "pgd(steps=40),square(queries=1200),apgd_t,foolbox:LinfPGD(steps=20)", "--eps", "0.06", "-n", "200"),
+            *(
+                "--vs",
+                "pgd(steps=40),square(queries=1200),apgd_t,foolbox:LinfPGD(steps=20)",
+                "--eps",
+                "0.06",
+                "-n",
+                "200",
+            ),
             *("--json", str(tmp_path / f"{home}.json"), "--quiet", "--batch-size", "64"),
         ]
         environment = {

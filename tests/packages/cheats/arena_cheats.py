@@ -251,3 +251,14 @@ def probabilities():
 
 def no_gradient():
     return NoGradient()
+
+
+class Constant(Base):
+    """Says class 0, whatever it sees."""
+
+    def forward(self, x):
+        return 0 * self.scores(x) + torch.eye(10)[0]
+
+
+def constant():
+    return Constant()
