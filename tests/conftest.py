@@ -14,9 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
 from arena.datasets import Images
+
+# A slow machine is no failure: laws are checked, never times.
+settings.register_profile("arena", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("arena")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
