@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
 from arena.datasets import Images
+
+# A shell starts background jobs with Ctrl-C ignored, and what this process starts would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A slow machine is no failure: laws are checked, never times.
 settings.register_profile("arena", deadline=None, suppress_health_check=[HealthCheck.too_slow])
