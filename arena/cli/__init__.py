@@ -132,7 +132,8 @@ def _refuse(message: str) -> int:
 def main() -> None:
     """Entry point of the ``arena`` command."""
     # Threads that wait by spinning starve each other: beside busy processes on two cores, passes on two threads took
-    # 4 to 13 times as long as on one; with waiting threads asleep, about as long. OpenMP reads this when torch is first imported.
+    # 4 to 13 times as long as on one; with waiting threads asleep, about as long. OpenMP reads this when torch is
+    # first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     code = run()
     if code == 3:  # an impatient second Ctrl-C would print a traceback of the interpreter's own ending
