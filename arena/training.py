@@ -31,7 +31,7 @@ from arena.selection import training_step
 from arena.specs import Preset
 from arena.stages import Context, Stage, Usual
 from arena.surface import Reader, Surface
-from arena.threads import one_thread
+from arena.threads import one_thread, small
 from arena.threat import Threat
 from arena.validation import judge, looks, score
 from arena.watch import Watch
@@ -40,9 +40,6 @@ __all__ = ["Context", "Fitted", "Stage", "Usual", "fit", "split", "supports"]
 
 #: Share of the training images held out to choose the best epoch.
 HELD_OUT = 0.1
-#: Parameters up to which training on the CPU runs on one thread. Sums then come out the same on any number of cores, so
-#: equal keys mean equal weights.
-ONE_THREAD = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -116,9 +113,9 @@ def fit(
     schedule, world = schedule or Schedule(), world or World()
     supports(name, stages, threat)
     _precision(name, stages, schedule.precision)
-    small = _small(model, device)
+    little = small(device.type, sum(p.numel() for p in model.parameters()), images.shape)
     model.to(device)
-    if not small:
+    if not little:
         model.to(memory_format=torch.channels_last)
     train, held = split(images.y_train)
     data = _Data(*(t.to(device) for t in (images.x_train[train], images.y_train[train])))
@@ -137,7 +134,7 @@ def fit(
     modes = [(p, p.requires_grad) for p in model.parameters()]
     precise = schedule.precision == "fp32"
     try:
-        with Reader(model, surface) as read, _own_randomness(device, precise), one_thread(small) as threads:
+        with Reader(model, surface) as read, _own_randomness(device, precise), one_thread(little) as threads:
             for s, (stage, total) in enumerate(zip(stages, totals, strict=True)):
                 mine = [h for h in history if h["stage"] == s]
                 if any(h["stage"] > s for h in history) or (mine and (len(mine) >= total or mine[-1].get("stopped"))):
@@ -208,10 +205,6 @@ def _looks_since(best: Mapping[str, Any], history: Sequence[Mapping[str, Any]], 
 
 def _bf16(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     return lambda: torch.autocast(device.type, torch.bfloat16)
-
-
-def _small(model: nn.Module, device: torch.device) -> bool:
-    return device.type == "cpu" and sum(p.numel() for p in model.parameters()) <= ONE_THREAD
 
 
 @dataclass(frozen=True)

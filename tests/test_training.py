@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+import arena.threads
 import arena.training
 from arena import trace
 from arena.augment import augment
@@ -413,7 +414,7 @@ def test_a_large_model_trains_with_channels_last_to_the_same_loss(tmp_path, monk
 
     losses = {}
     for name, limit in (("small", 10**6), ("large", 0)):
-        monkeypatch.setattr(arena.training, "ONE_THREAD", limit)
+        monkeypatch.setattr(arena.threads, "SMALL_MODEL", limit)
         model = made()
         folder = tmp_path / name
         folder.mkdir()
