@@ -2,9 +2,9 @@
 
     python benchmarks/training.py [--device cuda] [--backbone 'resnet18(width=16)'] [--precision bf16] [-o FILE]
 
-An epoch of PGD-10 training and its bare counterpart (as many forward and backward passes of the same network, on a batch
-that is already there) take turns in one run; medians are told. What is not bare is augmentation, projection, optimizer,
-the heads' losses and the loop itself. Made pictures: their content changes no time.
+An epoch of PGD-10 training and its bare counterpart (as many forward and backward passes of the same network, on a
+batch that is there already) take turns in one run; medians are told. What is not bare is augmentation, projection,
+optimizer, the heads' losses and the loop itself. Made pictures: their content changes no time.
 """
 
 from __future__ import annotations
