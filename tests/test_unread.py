@@ -138,6 +138,50 @@ def test_calls_and_outputs_are_told_apart():
     assert found(model, both) == []
 
 
+class Again(Masked):
+    """Runs itself twice, the second time on other features, and adds up the logits."""
+
+    def forward(self, x):
+        return super().forward(x) + super().forward(x.flip(3))
+
+
+def test_a_network_that_runs_twice_shows_its_heads_once():
+    torch.manual_seed(0)
+    model = Again()
+    assert [(f.path, f.call) for f in found(model, kind="head")] == [("scores", 0), ("scores", 1)]
+    first = Surface(heads={"a": Head("scores")}, selections={"m": Selection("select", scores="a")})
+    assert found(model, first) == []
+
+
+@pytest.mark.parametrize(("name", "given"), [("fgaa_sat", {"index": "main"}), ("sap_sat", {"draws": 3})])
+def test_built_in_defenses_that_run_twice_declare_all(name, given):
+    spec, backbone = registry().get("defense", name).spec, registry().get("backbone", "cnn").spec
+    info = DatasetInfo("digits", (1, 8, 8), 10, "cnn", tuple(backbone.slots))
+    torch.manual_seed(0)
+    body = load(backbone.build)(shape=info.shape, n_classes=10)
+    model = load(spec.build)(body, info, **complete(name, spec.options, {})).eval()
+    load(spec.apply)(model, **given)
+    assert unread(model, load(spec.surface)(model), X, 10) == []
+
+
+class Ensemble(nn.Module):
+    """Two members, averaged: each is a classifier of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.members = nn.ModuleList([Plain(), Plain()])
+
+    def forward(self, x):
+        return self.members[0](x) + self.members[1](x)
+
+
+def test_members_of_an_ensemble_are_heads():
+    torch.manual_seed(0)
+    assert [f.path for f in found(Ensemble())] == ["members.0.classifier", "members.1.classifier"]
+    declared = Surface(heads={"a": Head("members.0"), "b": Head("members.1")})
+    assert found(Ensemble(), declared) == []
+
+
 def test_how_often_a_head_agrees_with_the_output_is_told():
     torch.manual_seed(0)
     model = Masked()
