@@ -58,6 +58,14 @@ def backbones() -> list[BackboneSpec]:
             paper=_RESNET,
         ),
         BackboneSpec(
+            "resnet34",
+            "ResNet-34 in its CIFAR form: OAT's network for CIFAR-10",
+            "arena_defenses.backbones:resnet34",
+            ("stem.out", *_stages("layer", 3, 4, 6, 3)),
+            _width(64),
+            paper=_RESNET,
+        ),
+        BackboneSpec(
             "resnet50",
             "ResNet-50 in its CIFAR form: the papers' source of transferred examples",
             "arena_defenses.backbones_large:resnet50",

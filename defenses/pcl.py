@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arena.backbones import DatasetInfo, place, slot_shapes
-from arena.errors import ArenaError
 from arena.inner import ascend, evaluating, step_of
 from arena.specs import Preset, Value
 from arena.stages import Adversary, Context, Stage
 from arena.surface import Head, Surface
 from arena.threat import Threat
+
+from .placement import last
 
 #: Rates of the two kinds of centers in the original code.
 CENTER_RATES = {"near": 0.5, "far": 1e-4}
@@ -169,10 +170,9 @@ def build(backbone: nn.Module, dataset: DatasetInfo, **options: Value) -> nn.Mod
     Raises:
         ArenaError: the backbone has fewer than two slots.
     """
-    reached = slot_shapes(backbone, dataset.shape, dataset.slots)
-    if len(reached) < 2:
-        raise ArenaError(f"pcl: backbone '{dataset.backbone}' has {len(reached)} slots, expected at least 2")
-    return place(backbone, {slot: Centers(reached[slot][0], dataset.n_classes) for slot in list(reached)[-2:]})
+    where = last(backbone, dataset, "pcl", 2)
+    shapes = slot_shapes(backbone, dataset.shape, tuple(where))
+    return place(backbone, {slot: Centers(shapes[slot][0], dataset.n_classes) for slot in where})
 
 
 def surface(model: nn.Module) -> Surface:
