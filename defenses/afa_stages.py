@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arena.inner import ascend, evaluating, step_of
+from arena.inner import evaluating
 from arena.specs import Preset, Value
 from arena.stages import Adversary, Context, Stage, divergence, mart, probability, trades
 from arena.threat import Threat
@@ -36,7 +36,7 @@ def weaker(threat: Threat, share: Fraction) -> Threat:
 
 
 @dataclass(frozen=True)
-class Branches:
+class Branches(Stage):
     """Stage I: per batch one update on the sum over branches, everything but the gates.
 
     CE(z_0(x), y) + sum over k >= 1 of L_adv, where z_k is the network through branch k and x_k is made through it, at
@@ -49,22 +49,12 @@ class Branches:
     """``sat``, ``trades``, ``mart`` or ``iat``."""
     k: int = 5
     beta: float = 0.0
-    start_from: str | None = None
     adversarial: bool = True
-
-    def epochs(self, preset: Preset) -> int:
-        """Return the preset's epochs."""
-        return preset.epochs
 
     def trainable(self, model: nn.Module) -> Iterable[nn.Parameter]:
         """Train all but the gates."""
         frozen = {id(p) for gate in gates(model) for p in gate.parameters()}
         return [p for p in model.parameters() if id(p) not in frozen]
-
-    def optimizers(self, model: nn.Module, ctx: Context) -> list[torch.optim.Optimizer]:
-        """Make one SGD with the preset's settings."""
-        p = ctx.preset
-        return [torch.optim.SGD(self.trainable(model), lr=p.lr, momentum=p.momentum, weight_decay=p.weight_decay)]
 
     def adversary(self, ctx: Context) -> Adversary:
         """Return the attack: for each branch from 1 its images, (K - 1) N of them, branch after branch."""
@@ -83,7 +73,7 @@ class Branches:
                 for branch, share in enumerate(strengths(self.k)[1:], start=1):
                     threat = weaker(ctx.threat, share)
                     with through(model, branch):
-                        made.append(_ascend(objective, x, threat, ctx, start))
+                        made.append(ctx.climb(objective, x, start, threat))
             return torch.cat(made)
 
         return attack
@@ -125,7 +115,7 @@ class Branches:
 
 
 @dataclass(frozen=True)
-class Weighing:
+class Weighing(Stage):
     """Stage II: cross-entropy of the gated network on images of mixed strengths; only the gates learn.
 
     Each image of a batch draws its strength, which only decides how it is attacked: no label says it. All norms but
@@ -135,7 +125,6 @@ class Weighing:
     k: int = 5
     made: str = "gate"
     """Attacks go through the ``gate``, as at test time, or through the ``branch`` of the image's strength."""
-    start_from: str | None = None
     adversarial: bool = True
 
     def preset(self, preset: Preset) -> Preset:
@@ -151,11 +140,6 @@ class Weighing:
     def trainable(self, model: nn.Module) -> Iterable[nn.Parameter]:
         """Train the gates."""
         return [p for gate in gates(model) for p in gate.parameters()]
-
-    def optimizers(self, model: nn.Module, ctx: Context) -> list[torch.optim.Optimizer]:
-        """Make one SGD with the settings of this stage."""
-        p = ctx.preset
-        return [torch.optim.SGD(self.trainable(model), lr=p.lr, momentum=p.momentum, weight_decay=p.weight_decay)]
 
     def adversary(self, ctx: Context) -> Adversary:
         """Return the attack: each image at a strength drawn for it, strength 0 leaving it as it is."""
@@ -173,7 +157,7 @@ class Weighing:
                         return F.cross_entropy(model(point), y[rows], reduction="none")
 
                     with through(model, branch if self.made == "branch" else None):
-                        made[rows] = _ascend(objective, x[rows], weaker(ctx.threat, share), ctx, "uniform")
+                        made[rows] = ctx.climb(objective, x[rows], threat=weaker(ctx.threat, share))
             return made
 
         return attack
@@ -186,18 +170,6 @@ class Weighing:
                 gate.train()
             loss = F.cross_entropy(model(ctx.x_adv), y)
         return loss, {"gated": loss.detach()}
-
-
-def _ascend(objective: object, x: Tensor, threat: Threat, ctx: Context, start: str) -> Tensor:
-    return ascend(
-        objective,  # type: ignore[arg-type]
-        x,
-        threat,
-        steps=ctx.preset.steps,
-        step=step_of(threat, ctx.preset.step_size),
-        start=start,
-        generator=ctx.generator,
-    )
 
 
 def _stages(recipe: str, k: Value, made: Value, beta: Value = 0.0) -> Sequence[Stage]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from arena.backbones import DatasetInfo, place, slot_shapes
 from arena.errors import ArenaError, unknown
-from arena.inner import ascend, evaluating, step_of
+from arena.inner import evaluating
 from arena.specs import Value, text
 from arena.stages import Adversary, Context, Usual, divergence
 from arena.surface import Gate, Head, Knob, Surface
@@ -219,15 +219,8 @@ class Separating(Usual):
                     with torch.no_grad():
                         natural = model(x)
                     objective = lambda z: divergence(natural, z)  # noqa: E731
-                return ascend(
-                    lambda point: objective(model(point)),
-                    x,
-                    ctx.threat,
-                    steps=ctx.preset.steps,
-                    step=step_of(ctx.threat, ctx.preset.step_size),
-                    start="uniform" if self.recipe == "sat" else "normal",
-                    generator=ctx.generator,
-                )
+                start = "uniform" if self.recipe == "sat" else "normal"
+                return ctx.climb(lambda point: objective(model(point)), x, start)
 
         return attack
 

@@ -5,7 +5,7 @@ All leave the network as it is: what is new is the training loss, differentiated
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arena.inner import ascend, evaluating, step_of
-from arena.specs import Preset, Value
+from arena.inner import evaluating
+from arena.specs import Value
 from arena.stages import Adversary, Context, Stage
 
 #: Floor of norms: where the task loss has no gradient left a cosine is 0, and its own gradient stays below 1 / TINY.
@@ -92,7 +92,7 @@ def layer_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @dataclass(frozen=True)
-class Regularized:
+class Regularized(Stage):
     """Natural training on alpha * task loss + beta * mean over rows of a penalty on the loss's own gradient.
 
     ``gfa``: sum over layers l of 1 - cos(h_l, dL/dh_l), h_l the layer's input; ``gnr``: a norm of dL/dx; ``gaie``:
@@ -110,28 +110,6 @@ class Regularized:
     """GFA: layers aligned, counted from the image."""
     form: str = ""
     """GNR: ``l2`` or ``l1``; GAIE: ``sobel`` or ``signed``."""
-    start_from: str | None = None
-
-    @property
-    def adversarial(self) -> bool:
-        """Never: natural images only."""
-        return False
-
-    def epochs(self, preset: Preset) -> int:
-        """Return the preset's epochs."""
-        return preset.epochs
-
-    def trainable(self, model: nn.Module) -> Iterable[nn.Parameter]:
-        """Train everything."""
-        return model.parameters()
-
-    def optimizers(self, model: nn.Module, ctx: Context) -> list[torch.optim.Optimizer]:
-        """Make one SGD with the preset's rate, momentum and weight decay."""
-        return [_sgd(model, ctx.preset)]
-
-    def adversary(self, ctx: Context) -> Adversary | None:
-        """Return none."""
-        return None
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss; logs the task loss and the penalty, or for GFA each layer's mean alignment."""
@@ -163,43 +141,19 @@ class Regularized:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(Stage):
     """DeepDefense's ADV: (1 - share) * task loss on clean + share * task loss on PGD images of the same batch."""
 
     task: str = "mse"
     share: float = 0.5
-    start_from: str | None = None
-
-    @property
-    def adversarial(self) -> bool:
-        """Always."""
-        return True
-
-    def epochs(self, preset: Preset) -> int:
-        """Return the preset's epochs."""
-        return preset.epochs
-
-    def trainable(self, model: nn.Module) -> Iterable[nn.Parameter]:
-        """Train everything."""
-        return model.parameters()
-
-    def optimizers(self, model: nn.Module, ctx: Context) -> list[torch.optim.Optimizer]:
-        """Make one SGD with the preset's rate, momentum and weight decay."""
-        return [_sgd(model, ctx.preset)]
+    adversarial: bool = True
 
     def adversary(self, ctx: Context) -> Adversary | None:
         """Return PGD from a uniform start on the task loss, in eval mode."""
 
         def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
             with evaluating(model):
-                return ascend(
-                    lambda point: task_losses(ctx.read(point).logits, y, self.task),
-                    x,
-                    ctx.threat,
-                    steps=ctx.preset.steps,
-                    step=step_of(ctx.threat, ctx.preset.step_size),
-                    generator=ctx.generator,
-                )
+                return ctx.climb(lambda point: task_losses(ctx.read(point).logits, y, self.task), x)
 
         return attack
 
@@ -209,10 +163,6 @@ class Mixture:
         clean, attacked = (task_losses(ctx.read(p).logits, y, self.task).mean() for p in (x, ctx.x_adv))
         log = {"clean": clean.detach(), "attacked": attacked.detach()}
         return (1 - self.share) * clean + self.share * attacked, log
-
-
-def _sgd(model: nn.Module, p: Preset) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=p.lr, momentum=p.momentum, weight_decay=p.weight_decay)
 
 
 # -- recipes -----------------------------------------------------------------------------------------------------------
