@@ -88,7 +88,7 @@ def test_of_a_model():
     assert overlaps(model, "show", MAPS, swapped) == pytest.approx(
         {"channel_magnitude": 0.5, "spatial_magnitude": 1, "channel_frequency": 1}
     )
-    # Of the first row alone: channel 1 has 0.1 of 3 and is frequent, as it passes a hundredth, until it is all but dark.
+    # The first row alone: channel 1 has 0.1 of 3, above a hundredth, hence frequent; a tenth of that is not.
     dark = MAPS[:1] * torch.tensor([1.0, 0.1]).view(1, 2, 1, 1)
     assert overlaps(model, "show", MAPS[:1], dark)["channel_frequency"] == pytest.approx(1 / 2)
     assert model.training
