@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arena.inner import evaluating
-from arena.specs import Preset, Value
+from arena.specs import Preset, Value, text
 from arena.stages import Adversary, Context, Stage, divergence, mart, probability, trades
 from arena.threat import Threat
 
@@ -49,7 +49,13 @@ class Branches(Stage):
     """``sat``, ``trades``, ``mart`` or ``iat``."""
     k: int = 5
     beta: float = 0.0
+    decay: float = 0.1
+    """Factor on the rate at each milestone."""
     adversarial: bool = True
+
+    def preset(self, preset: Preset) -> Preset:
+        """Return the preset with this stage's decay."""
+        return replace(preset, decay=self.decay)
 
     def trainable(self, model: nn.Module) -> Iterable[nn.Parameter]:
         """Train all but the gates."""
@@ -125,13 +131,16 @@ class Weighing(Stage):
     k: int = 5
     made: str = "gate"
     """Attacks go through the ``gate``, as at test time, or through the ``branch`` of the image's strength."""
+    decay: float = 0.1
+    """Factor on the rate halfway."""
     adversarial: bool = True
 
     def preset(self, preset: Preset) -> Preset:
         """Return stage II's settings: a tenth of the rate, dropped halfway; without milestones one cycle to 0.1."""
         if not preset.milestones:
             return replace(preset, lr=CYCLE_RATE)
-        return replace(preset, lr=preset.lr / SLOWER, milestones=(self.epochs(preset) / 2,))
+        halfway = self.epochs(preset) / 2
+        return replace(preset, lr=preset.lr / SLOWER, milestones=(halfway,), decay=self.decay)
 
     def epochs(self, preset: Preset) -> int:
         """Return a fifth of the preset's epochs, at least one if it has any."""
@@ -172,25 +181,27 @@ class Weighing(Stage):
         return loss, {"gated": loss.detach()}
 
 
-def _stages(recipe: str, k: Value, made: Value, beta: Value = 0.0) -> Sequence[Stage]:
-    return [Branches(recipe, int(k), float(beta)), Weighing(int(k), str(made))]
+def _stages(recipe: str, options: Mapping[str, Value]) -> Sequence[Stage]:
+    k, decay = int(options.get("k", 5)), float(options.get("decay", 0.1))
+    first = Branches(recipe, k, float(options.get("beta", 0.0)), decay)
+    return [first, Weighing(k, text(options.get("made", "gate")), decay)]
 
 
-def afa_sat(k: Value = 5, made: Value = "gate", **options: Value) -> Sequence[Stage]:
+def afa_sat(**options: Value) -> Sequence[Stage]:
     """AFA over adversarial training."""
-    return _stages("sat", k, made)
+    return _stages("sat", options)
 
 
-def afa_trades(k: Value = 5, made: Value = "gate", beta: Value = 6.0, **options: Value) -> Sequence[Stage]:
+def afa_trades(**options: Value) -> Sequence[Stage]:
     """AFA over TRADES."""
-    return _stages("trades", k, made, beta)
+    return _stages("trades", options)
 
 
-def afa_mart(k: Value = 5, made: Value = "gate", beta: Value = 5.0, **options: Value) -> Sequence[Stage]:
+def afa_mart(**options: Value) -> Sequence[Stage]:
     """AFA over MART."""
-    return _stages("mart", k, made, beta)
+    return _stages("mart", options)
 
 
-def afa_iat(k: Value = 5, made: Value = "gate", **options: Value) -> Sequence[Stage]:
+def afa_iat(**options: Value) -> Sequence[Stage]:
     """AFA over IAT, interpolated adversarial training."""
-    return _stages("iat", k, made)
+    return _stages("iat", options)

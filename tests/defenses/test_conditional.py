@@ -20,7 +20,7 @@ from arena.specs import Preset, complete, load
 from arena.stages import Context, divergence, mart, probability, trades
 from arena.surface import Reader, Surface, submodule
 from arena.threat import Threat
-from arena.training import settings
+from arena.training import rate, settings
 
 THREAT = Threat.parse("Linf", "0.2")
 PRESET = Preset(10, batch=16, lr=0.1, steps=2, milestones=(8,))
@@ -303,7 +303,15 @@ def test_stage_two_is_shorter_and_slower():
     cycle = settings(stage, Preset(30, lr=0.03))
     assert (cycle.milestones, cycle.lr) == ((), 0.1)
     assert [stage.epochs(Preset(n)) for n in (0, 1, 30)] == [0, 1, 6]
-    assert settings(afa_stages.Branches("sat"), PRESET) is PRESET
+    assert settings(afa_stages.Branches("sat"), PRESET) == PRESET
+
+
+@pytest.mark.parametrize(("given", "decay"), [({}, 0.1), ({"decay": 0.9}, 0.9)])
+def test_both_stages_drop_the_rate_by_the_decay_asked_for(given, decay):
+    spec = registry().get("defense", "afa_mart").spec
+    preset = spec.presets["cifar10"]
+    first, second = (settings(s, preset) for s in load(spec.recipe)(**complete("afa_mart", spec.options, given)))
+    assert (rate(0.95, 95, first), rate(0.76, 15, second)) == pytest.approx((decay**2, decay))
 
 
 # -- OAT ---------------------------------------------------------------------------------------------------------
