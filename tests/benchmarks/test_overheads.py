@@ -104,9 +104,19 @@ def test_command_line(overheads, capsys, tmp_path, monkeypatch):
     out = tmp_path / "table.md"
     assert overheads.main(["--steps", "1", "--batch", "8", "--only", "cnn", "-o", str(out)]) == 0
     text = out.read_text()
-    assert "| `sap_sat` | `cnn` | 0.03 to 0.03 |" in text
+    parameters = f"{overheads.size('sat', 'cnn')[0] / 1e6:.3f}"
+    assert f"| `sap_sat` | `cnn` | {parameters} to {parameters} |" in text
     assert "trains nothing" in text
     assert f"torch {torch.__version__}" in text
     capsys.readouterr()
-    assert overheads.main(["--only", "resnet81"]) == 2
-    assert capsys.readouterr().err == "--only: no row has 'resnet81'; names: cnn, fgaa_sat, sap_sat\n"
+    assert overheads.main(["--only", "fgaa_sta"]) == 2
+    assert capsys.readouterr().err == "--only: no row is called 'fgaa_sta'; did you mean 'fgaa_sat'?\n"
+
+
+def test_rows_are_chosen_by_either_name_or_both(overheads):
+    def pairs(text):
+        return {(row.defense, row.backbone) for row in overheads.chosen(text)}
+
+    assert pairs("") == {(row.defense, row.backbone) for row in overheads.ROWS}
+    assert {d for d, _ in pairs("vgg16")} == {"fsr_sat", "fgaa_sat", "cas_sat"}
+    assert pairs("fsr_sat@vgg16,oat_sat") == {("fsr_sat", "vgg16"), ("oat_sat", "resnet34"), ("oat_sat", "wrn16_8")}
