@@ -223,7 +223,8 @@ def _settings(steps: int, batch: int, device: torch.device) -> list[str]:
         "",
     ]
     if steps:
-        threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+        n = torch.get_num_threads()
+        threads = "" if device.type == "cuda" else f", {n} thread{'s' * (n > 1)}"
         found += [
             f"Training step: median (least to most) of {steps} pairs that take turns, after one of each unmeasured; "
             f"batch {batch}, each recipe's own inner attack and settings for CIFAR-10, fp32 without TF32; "

@@ -16,6 +16,7 @@ from arena.stages import Adversary, Context, Stage, divergence, mart, probabilit
 from arena.threat import Threat
 
 from .afa import gates, through
+from .iat import draw
 
 #: Stage II has a fifth of stage I's epochs and a tenth of its rate, and drops the rate halfway (20, 0.01 and 10).
 SHARE, SLOWER = 5, 10
@@ -113,11 +114,8 @@ class Branches(Stage):
 
     @staticmethod
     def _mixed(model: nn.Module, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
-        """Return the mixup cross-entropy (Zhang et al., ICLR 2018) with a share from Beta(1, 1) of its own."""
-        share = torch.rand((), generator=ctx.generator, device=x.device)
-        other = torch.randperm(len(x), generator=ctx.generator, device=x.device)
-        z = model(share * x + (1 - share) * x[other])
-        return share * F.cross_entropy(z, y) + (1 - share) * F.cross_entropy(z, y[other])
+        mix = draw(len(x), 1.0, ctx.generator)
+        return mix.cross_entropy(model(mix.images(x)), y)
 
 
 @dataclass(frozen=True)
