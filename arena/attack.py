@@ -8,15 +8,14 @@ dict of tensors whose first dimension is the rows, and never makes a pass of its
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from arena.rng import Stream
-from arena.selection import Mode
 from arena.surface import Surface
+from arena.surrogate import Surrogate
 from arena.threat import Threat
 
 State = dict[str, Tensor]
@@ -60,6 +59,25 @@ class Setup:
 
 
 @dataclass(frozen=True)
+class GateTerm:
+    """What an objective wants of the gates: minus the binary cross-entropy between each gate and a wanted value.
+
+    Gates stand in the surface's order. A gate with many values a row counts by the mean over them.
+    """
+
+    weights: Tensor
+    """(N, G), not negative; 0 switches a gate off."""
+    wanted: Tensor
+    """(N, G) in [0, 1]."""
+    tolerance: float = 0.0
+    """A value within this distance of the wanted one is as good as it: its term is 0, without a gradient."""
+
+    def rows(self, index: Tensor) -> GateTerm:
+        """Return the term for a subset of rows."""
+        return GateTerm(self.weights[index], self.wanted[index], self.tolerance)
+
+
+@dataclass(frozen=True)
 class Query:
     """Points an attack wants to see."""
 
@@ -75,22 +93,46 @@ class Query:
     """Whether a gradient of the objective with respect to the points is wanted; bool for all or a bool tensor (N,)."""
     draws: int = 1
     """Passes to average over, for random models."""
-    modes: Mapping[str, Mode] | None = None
-    """How named selections choose in this pass; answers of other modes than hard are a surrogate's, not the model's."""
+    surrogate: Surrogate | None = None
+    """Search on this surrogate of the model; costs a second forward of the model itself, for ``Answer.logits``."""
+    gates: GateTerm | None = None
+    """Added to the objective."""
+    heads_objective: str | None = None
+    """Function for the heads, where it is another one than the logits'."""
+
+    @property
+    def climbs(self) -> bool:
+        """Whether there is anything to increase."""
+        return self.objective is not None or self.gates is not None
+
+    @property
+    def forwards(self) -> int:
+        """Forwards that the query costs each row."""
+        return self.points.shape[1] * self.draws * (2 if self.surrogate else 1)
+
+    @property
+    def backwards(self) -> int:
+        """Backwards that the query costs each row that wants a gradient."""
+        return self.points.shape[1] * self.draws if self.climbs else 0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the passes showed, detached, in the rows' order."""
+    """What the passes showed, detached, in the rows' order.
+
+    Under a surrogate, values, gradients, scores and gates are the surrogate's; the logits are always the model's own.
+    """
 
     values: Tensor
     """(N, m) objective; zeros without one."""
     grad: Tensor | None
     """(N, m, C, H, W); zero for rows that asked for none; None if no row did."""
     logits: Tensor
-    """(N, m, K) main logits."""
+    """(N, m, K) main logits, of the model itself."""
     scores: Tensor | None = None
     """(N, m, terms, K) logits and heads, where the query's weights read heads."""
+    gates: Tensor | None = None
+    """(N, m, G) what each gate says, by mean, where the query has a gate term; held gates too say their own."""
 
 
 class IteratedAttack(Protocol):

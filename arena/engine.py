@@ -164,10 +164,9 @@ def run_iterated(
             if not outcome.moved:
                 outcome.moved = bool((query.points != state["x"].unsqueeze(1)).any())
             answer = target.answer(query, state["y"])
-            passes = query.points.shape[1] * query.draws
-            forwards, backwards = state[FORWARDS] + passes, state[BACKWARDS]
+            forwards, backwards = state[FORWARDS] + query.forwards, state[BACKWARDS]
             if answer.grad is not None:
-                backwards = backwards + passes * (query.grad if isinstance(query.grad, Tensor) else 1)
+                backwards = backwards + query.backwards * (query.grad if isinstance(query.grad, Tensor) else 1)
             owned = {"x": state["x"], "y": state["y"], "index": state["index"]}
             state = {**attack.tell(state, answer), **owned, FORWARDS: forwards, BACKWARDS: backwards}
             leaving = state["done"]
