@@ -9,7 +9,7 @@ from arena.hookspecs import hookimpl
 from arena.specs import AttackSpec, Option, RosterSpec
 
 _BOTH = ("Linf", "L2")
-_LOSSES = ("ce", "margin", "dlr")
+_LOSSES = ("ce", "margin", "dlr", "ce_scaled")
 
 
 def _steps(default: int) -> Option:
@@ -57,6 +57,11 @@ _PGD = (
             "random_start": Option(True, "start at a random point of the ball; else at the image, once"),
             "head": _HEAD,
             "eot": Option(1, "passes to average each gradient over, for random models, at least 1", low=1),
+            "way": Option(
+                "plain",
+                "along the gradient; without entries the box stops (L2); without brightness and contrast; in tanh space",
+                choices=("plain", "box", "tangent", "tanh"),
+            ),
         },
     ),
     AttackSpec(
@@ -76,7 +81,7 @@ _PGD = (
         options={
             "lam": Option(1.0, "weight of the heads, 0 to inf; inf: heads only", low=0, high=math.inf),
             "head": Option("", "the one head to weigh; empty: the mean over all heads"),
-            "loss": _loss("ce", ("ce", "margin")),
+            "loss": _loss("ce", ("ce", "margin", "dlr")),
             "steps": _steps(20),
             "step": _step(Fraction(1, 10)),
             "restarts": _restarts(),
@@ -114,6 +119,115 @@ _APGD = (
         iterate="arena_attacks.apgd:apgd_t",
         paper=_APGD_PAPER,
         options={"targets": _TARGETS, "steps": _steps(100), "restarts": _restarts(), "rho": _RHO, "head": _HEAD},
+    ),
+)
+
+_WEIGHT = "weight of the {}, at least 0"
+_GATE = Option("", "the one gate to attack; empty: all of them")
+
+_GATES = (
+    AttackSpec(
+        "gate_pgd",
+        "AFA's adaptive attack: PGD on a * loss + b * minus the cross-entropy between gate and a wanted value",
+        _BOTH,
+        iterate="arena_attacks.gates:gate_pgd",
+        paper="AFA: Adaptive Feature Alignment, table 3, PGD+Ada",
+        options={
+            "a": Option(1.0, _WEIGHT.format("loss on the logits"), low=0, high=1e6),
+            "b": Option(1.0, _WEIGHT.format("gates"), low=0, high=1e6),
+            "to": Option("clean", "the gates' value on clean images, or the other end", choices=("clean", "other")),
+            "gate": _GATE,
+            "loss": _loss("ce"),
+            "steps": _steps(20),
+            "step": _step(Fraction(1, 10)),
+            "restarts": _restarts(),
+        },
+        standalone=True,
+        sweep="gate_pgd",
+    ),
+    AttackSpec(
+        "gate_held",
+        "PGD on the model with its gates held at a value, while the gates are pushed there themselves",
+        _BOTH,
+        iterate="arena_attacks.gates:gate_held",
+        options={
+            "value": Option(1.0, "where the gates are held, 0 to 1", low=0, high=1),
+            "gate": _GATE,
+            "push": Option(1.0, "first weight of the gates; it follows success. 0: no push", low=0, high=1e6),
+            "loss": _loss("margin"),
+            "steps": _steps(40),
+            "step": _step(Fraction(1, 10)),
+            "restarts": _restarts(),
+        },
+    ),
+)
+
+_CHOICES = (
+    AttackSpec(
+        "relaxed",
+        "attack through hard choices made soft, from a high to a low temperature, or straight through",
+        _BOTH,
+        iterate="arena_attacks.through:relaxed",
+        options={
+            "kind": Option("soft", "soft mixture, or hard forwards and soft backwards", ("soft", "straight_through")),
+            "loss": _loss("ce", ("ce", "dlr", "margin", "dlr_targeted")),
+            "by": Option("apgd", "Auto-PGD, cooling by restart; or PGD, cooling by step", choices=("apgd", "pgd")),
+            "hot": Option(10.0, "first temperature, above 0", low=1e-3, high=1e6),
+            "cold": Option(0.1, "last temperature, above 0", low=1e-3, high=1e6),
+            "steps": _steps(100),
+            "restarts": _restarts(3),
+            "targets": _TARGETS,
+        },
+    ),
+    AttackSpec(
+        "forced",
+        "targeted attack under choices forced to the target, whose heads have to choose it",
+        _BOTH,
+        iterate="arena_attacks.through:forced",
+        options={"targets": _TARGETS, "steps": _steps(100), "restarts": _restarts()},
+    ),
+    AttackSpec(
+        "knob",
+        "Auto-PGD through the model with a knob turned: a higher temperature, an undone detach, another constant",
+        _BOTH,
+        iterate="arena_attacks.through:knob",
+        options={
+            "knob": Option("", "the knob to turn; empty: all of them"),
+            "value": Option("", "what it is turned to; empty: its last declared value"),
+            "loss": _loss("ce", ("ce", "dlr", "margin", "dlr_targeted")),
+            "steps": _steps(100),
+            "restarts": _restarts(),
+            "targets": _TARGETS,
+        },
+    ),
+)
+
+_JOINT = (
+    AttackSpec(
+        "joint_t",
+        "targeted Auto-PGD on heads and logits together, each by its own scale",
+        _BOTH,
+        iterate="arena_attacks.joint:joint_t",
+        options={
+            "weights": Option(
+                "all", "first head alone, each half of the one before, or all alike", ("first", "order", "all")
+            ),
+            "targets": _TARGETS,
+            "steps": _steps(100),
+            "restarts": _restarts(),
+        },
+    ),
+    AttackSpec(
+        "steer",
+        "flip the first head to a target, then the next while holding it, then push the output",
+        _BOTH,
+        iterate="arena_attacks.joint:steer",
+        options={
+            "targets": _TARGETS,
+            "steps": _steps(40),
+            "step": Option(0.25, "first step size as a fraction of eps, above 0", low=1e-6, high=100),
+            "restarts": _restarts(),
+        },
     ),
 )
 
@@ -181,4 +295,4 @@ _ROSTERS = (
 @hookimpl
 def arena_register_attacks() -> list[AttackSpec | RosterSpec]:
     """Return the built-in attacks and rosters."""
-    return [*_PGD, *_APGD, _FAB, _SQUARE, *_FOREIGN, *_ROSTERS]
+    return [*_PGD, *_APGD, *_GATES, *_CHOICES, *_JOINT, _FAB, _SQUARE, *_FOREIGN, *_ROSTERS]
