@@ -8,7 +8,7 @@ dict of tensors whose first dimension is the rows, and never makes a pass of its
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -93,12 +93,23 @@ class Query:
     """Whether a gradient of the objective with respect to the points is wanted; bool for all or a bool tensor (N,)."""
     draws: int = 1
     """Passes to average over, for random models."""
+    looks: int = 1
+    """Passes of the model itself to average ``Answer.logits`` over, under a surrogate; else those of ``draws``."""
     surrogate: Surrogate | None = None
-    """Search on this surrogate of the model; costs a second forward of the model itself, for ``Answer.logits``."""
+    """Search on this surrogate of the model; costs forwards of the model itself beside, for ``Answer.logits``."""
     gates: GateTerm | None = None
     """Added to the objective."""
     heads_objective: str | None = None
     """Function for the heads, where it is another one than the logits'."""
+
+    def averaged(self, draws: int) -> Query:
+        """Return the query with the model's own logits averaged over at least so many passes.
+
+        A surrogate keeps its own number: whether a row is broken is not for it to say.
+        """
+        if self.surrogate:
+            return replace(self, looks=max(self.looks, draws))
+        return replace(self, draws=max(self.draws, draws))
 
     @property
     def climbs(self) -> bool:
@@ -108,7 +119,7 @@ class Query:
     @property
     def forwards(self) -> int:
         """Forwards that the query costs each row."""
-        return self.points.shape[1] * self.draws * (2 if self.surrogate else 1)
+        return self.points.shape[1] * (self.draws + (self.looks if self.surrogate else 0))
 
     @property
     def backwards(self) -> int:

@@ -10,7 +10,7 @@ import random
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -123,7 +123,7 @@ def run_iterated(
         progress: called a few times a second with (forwards, rows finished); a finished row counts as having cost the
             most a row can cost, so that forwards over ``len(x) * attack.passes()[0]`` is the share done.
         until: asked now and then; True stops the run with what is known.
-        draws: passes that every query is averaged over at least; above 1 for random models, so that no row leaves at
+        draws: passes that the model's logits are averaged over at least; above 1 for random models, so that no row leaves at
             one lucky draw.
 
     Returns:
@@ -159,8 +159,7 @@ def run_iterated(
                 state = fresh if state is None else _merge(state, fresh)
             assert state is not None
             query = attack.ask(state)
-            if query.draws < draws:
-                query = replace(query, draws=draws)
+            query = query.averaged(draws)
             if not outcome.moved:
                 outcome.moved = bool((query.points != state["x"].unsqueeze(1)).any())
             answer = target.answer(query, state["y"])

@@ -140,19 +140,21 @@ class Target:
         query = _rows(query, pad(index), grad)
         labels = y[pad(index)]
         totals: list[Tensor | None] = [None] * 5
+        draws = [query.draws] * 5
         for _ in range(query.draws):
-            seen = self._draw(query, x, labels, grad)
-            self.meter.forwards += count * (2 if query.surrogate else 1)
-            self.meter.backwards += count if grad else 0
-            for k, part in enumerate(seen):
-                if part is not None:
-                    part = part.detach()[:count]
-                    before = totals[k]
-                    totals[k] = part if before is None else before + part
-        return tuple(t / query.draws if t is not None and query.draws > 1 else t for t in totals)
+            _add(totals, self._pass(query, x, labels, grad), count)
+        self.meter.forwards += count * query.draws
+        self.meter.backwards += count * query.draws * grad
+        if query.surrogate:
+            totals[1], draws[1] = None, query.looks
+            for _ in range(query.looks):
+                with torch.no_grad():
+                    _add(totals, (None, self._reader(x).logits), count)
+            self.meter.forwards += count * query.looks
+        return tuple(t / n if t is not None and n > 1 else t for t, n in zip(totals, draws, strict=True))
 
-    def _draw(self, query: Query, x: Tensor, y: Tensor, grad: bool) -> tuple[Tensor | None, ...]:
-        """Return values, the model's own logits, gradient, scores and gates of one pass; two under a surrogate."""
+    def _pass(self, query: Query, x: Tensor, y: Tensor, grad: bool) -> tuple[Tensor | None, ...]:
+        """Return values, logits, gradient, scores and gates of one pass, all of the surrogate if there is one."""
         gradient = None
         with torch.set_grad_enabled(grad), posing(self.model, self.surface, query.surrogate):
             leaf = x.detach().requires_grad_(grad)
@@ -165,11 +167,14 @@ class Target:
                     gradient = torch.zeros_like(leaf)
                 else:
                     gradient = torch.autograd.grad(value.sum(), leaf)[0]
-        logits = reading.logits
-        if query.surrogate:
-            with torch.no_grad():
-                logits = self._reader(x).logits
-        return value, logits, gradient, scores, gates
+        return value, reading.logits, gradient, scores, gates
+
+
+def _add(totals: list[Tensor | None], parts: tuple[Tensor | None, ...], count: int) -> None:
+    for k, part in enumerate(parts):
+        if part is not None:
+            before = totals[k]
+            totals[k] = part.detach()[:count] if before is None else before + part.detach()[:count]
 
 
 def _value(query: Query, logits: Tensor, scores: Tensor | None, gates: Tensor | None, y: Tensor) -> Tensor:

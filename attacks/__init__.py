@@ -59,7 +59,7 @@ _PGD = (
             "eot": Option(1, "passes to average each gradient over, for random models, at least 1", low=1),
             "way": Option(
                 "plain",
-                "along the gradient; without entries the box stops (L2); without brightness and contrast; in tanh space",
+                "along the gradient, without entries the box stops (L2), without brightness and contrast, or in tanh space",
                 choices=("plain", "box", "tangent", "tanh"),
             ),
         },

@@ -103,12 +103,12 @@ def test_without_settings_the_surrogate_is_the_model(actor, points, draws):
 @pytest.mark.parametrize("draws", [1, 3])
 def test_logits_are_the_models_own_and_the_rest_is_the_surrogates(actor, points, name, draws):
     target = Target(actor, SURFACE, K)
-    plain, got = asked(target, points, None), asked(target, points, SETTINGS[name], draws=draws)
+    plain, got = asked(target, points, None), asked(target, points, SETTINGS[name], draws=draws, looks=2)
     torch.testing.assert_close(got.logits, plain.logits)
     assert not torch.allclose(got.grad, plain.grad)
     target.meter.forwards = target.meter.backwards = 0
-    asked(target, points, SETTINGS[name], draws=draws)
-    assert (target.meter.forwards, target.meter.backwards) == (5 * draws * 2, 5 * draws)
+    asked(target, points, SETTINGS[name], draws=draws, looks=2)
+    assert (target.meter.forwards, target.meter.backwards) == (5 * (draws + 2), 5 * draws)
 
 
 def test_a_surrogate_that_lies_about_everything_breaks_nothing(actor, points):
@@ -257,3 +257,10 @@ def test_heads_can_climb_another_objective_than_the_logits(actor, points):
     logits = asked(target, points, None, objective="margin", weights=torch.tensor([[1.0, 0.0]] * 5)).values
     head = asked(target, points, None, objective="ce", weights=torch.tensor([[0.0, 1.0]] * 5)).values
     torch.testing.assert_close(both, logits + head)
+
+
+def test_for_random_models_the_logits_are_averaged_and_the_surrogate_keeps_its_number():
+    query = Query(torch.zeros(3, 2, 1, 2, 2), draws=4)
+    assert (query.averaged(20).draws, query.averaged(2).draws, query.averaged(20).forwards) == (20, 4, 40)
+    posed = Query(torch.zeros(3, 2, 1, 2, 2), surrogate=SETTINGS["knob"]).averaged(20)
+    assert (posed.draws, posed.looks, posed.forwards) == (1, 20, 42)
