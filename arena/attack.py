@@ -8,6 +8,7 @@ dict of tensors whose first dimension is the rows, and never makes a pass of its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -170,3 +171,15 @@ class IteratedAttack(Protocol):
     def passes(self) -> tuple[int, int]:
         """Return the most (forwards, backwards) one row can cost."""
         ...
+
+
+def bound(attack: IteratedAttack, draws: int) -> int:
+    """Return the most forwards a row can cost where the model's own logits are averaged over ``draws`` passes.
+
+    An attack that searches on a surrogate says with ``surrogates()`` how many of its forwards are the surrogate's:
+    these are not averaged.
+    """
+    forwards = attack.passes()[0]
+    count: Callable[[], int] | None = getattr(attack, "surrogates", None)
+    own = 0 if count is None else count()
+    return (forwards - own) * draws + own

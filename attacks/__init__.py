@@ -59,7 +59,7 @@ _PGD = (
             "eot": Option(1, "passes to average each gradient over, for random models, at least 1", low=1),
             "way": Option(
                 "plain",
-                "along the gradient, without entries the box stops (L2), without brightness and contrast, or in tanh space",
+                "the gradient, without entries the box stops (L2), without brightness and contrast, or in tanh space",
                 choices=("plain", "box", "tangent", "tanh"),
             ),
         },
@@ -192,7 +192,7 @@ _CHOICES = (
         _BOTH,
         iterate="arena_attacks.through:knob",
         options={
-            "knob": Option("", "the knob to turn; empty: all of them"),
+            "knob": Option("", "the knob to turn; empty: all of kind temperature and detach"),
             "value": Option("", "what it is turned to; empty: its last declared value"),
             "loss": _loss("ce", ("ce", "dlr", "margin", "dlr_targeted")),
             "steps": _steps(100),
@@ -285,8 +285,9 @@ _ROSTERS = (
     RosterSpec("autoattack", "the standard AutoAttack ensemble", "arena_attacks.rosters:autoattack"),
     RosterSpec(
         "adaptive",
-        "attacks made for the defense's surface: lambda sweep, heads as classifiers, restarts, other losses",
+        "attacks made for the defense's surface: heads, hard choices, gates, knobs; restarts, other losses",
         "arena_attacks.rosters:adaptive",
+        version="2",
         from_surface=True,
     ),
 )

@@ -93,6 +93,10 @@ class GateHeld(Pgd):
         forwards, backwards = super().passes()
         return 2 * forwards, backwards
 
+    def surrogates(self) -> int:
+        """Return how many of these forwards are the held model's."""
+        return super().passes()[0]
+
 
 def gate_pgd(
     setup: Setup,

@@ -46,6 +46,10 @@ class Through:
         forwards, backwards = self.attack.passes()
         return 2 * forwards, backwards
 
+    def surrogates(self) -> int:
+        """Return how many of these forwards are the surrogate's."""
+        return self.attack.passes()[0]
+
 
 def choices(setup: Setup, attack: str, scored: bool = False) -> dict[str, str]:
     """Return the selections that can be made another way, with the head that scores each (empty: not declared).
@@ -142,7 +146,8 @@ def knob(
 ) -> Through:
     """Make Auto-PGD through the model with a knob turned: ``knob(knob=tau,value=10)`` (papers.md 9.1, 9.2).
 
-    Without a name all knobs of the surface are turned, each to its last declared value, without a value the named one.
+    Without a name all temperature and detach knobs are turned, each to its last declared value; without a value the
+    named one is.
 
     Raises:
         Unsupported: no knob, not this one, or no value for it.
@@ -150,9 +155,10 @@ def knob(
     declared = setup.surface.knobs
     if knob and knob not in declared:
         raise Unsupported(f"no knob '{knob}' on the surface (knobs: {', '.join(declared) or 'none'})")
-    names = [knob] if knob else [k for k, v in declared.items() if v.values]
+    names = [knob] if knob else [k for k, v in declared.items() if v.values and v.kind != "constant"]
     if not names:
-        raise Unsupported("knob needs a knob with values; the surface declares none")
+        rest = f"; name one of {', '.join(declared)}" if declared else ""
+        raise Unsupported(f"knob needs a temperature or detach knob with values; the surface declares none{rest}")
     settings = {}
     for name in names:
         if not value and not declared[name].values:

@@ -13,8 +13,8 @@ from arena.attack import IteratedAttack, Setup
 from arena.engine import Outcome, run_iterated
 from arena.plugins import registry
 from arena.rng import Stream
-from arena.specs import complete, load
 from arena.selection import Select
+from arena.specs import complete, load
 from arena.surface import Gate, Head, Knob, Selection, Surface
 from arena.target import Target
 from arena.threat import Threat

@@ -103,6 +103,13 @@ def test_unbroken_rows_cost_exactly_what_passes_says(fight, models, name, norm):
     assert (outcome.backwards == f.attack.passes()[1]).all()
 
 
+@pytest.mark.parametrize("name", SHORT)
+def test_for_random_models_the_bound_on_forwards_is_exact_too(fight, models, name):
+    f = make(fight, models, name, "Linf", eps="1/1000000", n=5)
+    outcome = f.run(draws=3)
+    assert (outcome.forwards == outcome.most).all()
+
+
 @pytest.mark.parametrize(("name", "norm"), EVERY)
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(

@@ -153,7 +153,7 @@ def test_a_held_gate_without_push_does_not_open(fight):
     [
         ("relaxed", {}, "relaxed needs a selection that is a Select; the surface declares none"),
         ("forced", {}, "forced needs a selection scored by a head"),
-        ("knob", {}, "knob needs a knob with values; the surface declares none"),
+        ("knob", {}, "knob needs a temperature or detach knob with values; the surface declares none"),
         ("knob", {"knob": "tau"}, r"no knob 'tau' on the surface \(knobs: none\)"),
         ("joint_t", {}, "joint_t needs heads; the surface declares none"),
         ("steer", {}, "steer needs heads; the surface declares none"),
