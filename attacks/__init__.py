@@ -262,6 +262,35 @@ _SQUARE = AttackSpec(
     },
 )
 
+_BLACKBOX = (
+    AttackSpec(
+        "nes",
+        "PGD on finite differences of the margin: a check on gradients",
+        _BOTH,
+        iterate="arena_attacks.blackbox:nes",
+        paper="Ilyas et al. 2018, arXiv 1804.08598",
+        knowledge="score-based",
+        options={
+            "pairs": Option(32, "pairs of points an estimate, two forwards each, at least 1", low=1),
+            "sigma": Option(0.01, "distance of a pair's points in each pixel, above 0", low=1e-6, high=1),
+            "steps": _steps(20),
+            "step": _step(Fraction(1, 4)),
+            "restarts": _restarts(),
+            "loss": _loss("margin"),
+        },
+    ),
+    AttackSpec(
+        "rays",
+        "RayS: the nearest wrong label along directions of +-1, from labels alone",
+        _BOTH,
+        iterate="arena_attacks.blackbox:rays",
+        paper="Chen & Gu 2020, arXiv 2006.12792",
+        knowledge="decision-based",
+        kind="minimal",
+        options={"queries": Option(1000, "labels asked for, one forward each, at least 1", low=1)},
+    ),
+)
+
 _FOREIGN = (
     AttackSpec(
         "foolbox",
@@ -296,4 +325,4 @@ _ROSTERS = (
 @hookimpl
 def arena_register_attacks() -> list[AttackSpec | RosterSpec]:
     """Return the built-in attacks and rosters."""
-    return [*_PGD, *_APGD, *_GATES, *_CHOICES, *_JOINT, _FAB, _SQUARE, *_FOREIGN, *_ROSTERS]
+    return [*_PGD, *_APGD, *_GATES, *_CHOICES, *_JOINT, _FAB, _SQUARE, *_BLACKBOX, *_FOREIGN, *_ROSTERS]

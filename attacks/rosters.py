@@ -71,9 +71,9 @@ def adaptive(surface: Surface, threat: Threat, n_classes: int) -> list[Entry]:
     entries += [("gate_held", {"value": v, "steps": 20}) for v in HELD if surface.gates]
     entries += [
         ("apgd_t", short),
-        ("pgd", {"loss": "margin", "steps": 40, "restarts": 3}),
+        ("pgd", {"loss": "margin", "steps": 40, "restarts": 5}),
         ("apgd_dlr", {}),
-        ("pgd", {"loss": "ce", "steps": 40, "restarts": 3}),
+        ("pgd", {"loss": "ce", "steps": 40, "restarts": 5}),
     ]
     if not heads and not surface.gates:
         entries += [("pgd", {"loss": "ce_scaled", "way": way, "steps": 40}) for way in ("tangent", "tanh")]

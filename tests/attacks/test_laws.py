@@ -17,6 +17,8 @@ SHORT = {
     "apgd_t": {"steps": 9, "targets": 3, "restarts": 2},
     "fab_t": {"steps": 6, "targets": 3, "restarts": 2},
     "square": {"queries": 75, "restarts": 2},
+    "nes": {"steps": 4, "pairs": 5, "restarts": 2},
+    "rays": {"queries": 60},
 }
 #: These need more of a surface than heads.
 SURROGATE = {
@@ -145,7 +147,12 @@ class Trap(torch.nn.Module):
     [e for e in EVERY if e[0] not in ("lambda_pgd", *SURROGATE) and "early" not in SHORT[e[0]].values()],
 )
 def test_a_planted_adversarial_is_found_and_the_row_leaves_at_once(fight, name, norm):
-    longer = {"fgsm": {"random_start": False}, "square": {"queries": 500}}
+    longer = {
+        "fgsm": {"random_start": False},
+        "square": {"queries": 500},
+        "rays": {"queries": 400},
+        "nes": {"pairs": 16, "steps": 20},
+    }
     options = SHORT[name] | longer.get(name, {"steps": 12})
     eps = {"Linf": "0.2", "L2": "0.8"}[norm]
     f = fight(name, Trap(), shape=(1, 4, 4), norm=norm, eps=eps, low=0.4, high=0.5, n=9, **options)

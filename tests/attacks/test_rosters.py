@@ -54,9 +54,9 @@ def test_adaptive_without_a_surface_is_a_look_targets_restarts_and_other_losses_
     assert [(a, o.get("loss"), o.get("way"), o.get("restarts")) for a, o in made] == [
         ("apgd_ce", None, None, 1),
         ("apgd_t", None, None, 1),
-        ("pgd", "margin", "plain", 3),
+        ("pgd", "margin", "plain", 5),
         ("apgd_dlr", None, None, 1),
-        ("pgd", "ce", "plain", 3),
+        ("pgd", "ce", "plain", 5),
         ("pgd", "ce_scaled", "tangent", 1),
         ("pgd", "ce_scaled", "tanh", 1),
     ]
