@@ -159,7 +159,8 @@ def run_iterated(
                 state = fresh if state is None else _merge(state, fresh)
             assert state is not None
             query = attack.ask(state)
-            query = query.averaged(draws)
+            if draws > 1:
+                query = query.averaged(draws)
             if not outcome.moved:
                 outcome.moved = bool((query.points != state["x"].unsqueeze(1)).any())
             answer = target.answer(query, state["y"])
