@@ -21,6 +21,10 @@ from arena.threat import Threat
 
 State = dict[str, Tensor]
 
+#: Share of wrong draws at which an attack may let a point of a random model go. Where 15 of 20 draws are wrong because
+#: three quarters of all are, 20 others have a wrong majority with 98.6 %; at a bare majority it would be a coin's throw.
+SURE = 0.75
+
 
 class Unsupported(Exception):  # noqa: N818 (named like the status it leads to)
     """Raised by an attack's factory: it cannot attack this defense or threat model; the status is ``unsupported``."""
@@ -132,7 +136,8 @@ class Query:
 class Answer:
     """What the passes showed, detached, in the rows' order.
 
-    Under a surrogate, values, gradients, scores and gates are the surrogate's; the logits are always the model's own.
+    Under a surrogate, values, gradients, scores and gates are the surrogate's; logits and errors are always the model's
+    own.
     """
 
     values: Tensor
@@ -141,6 +146,8 @@ class Answer:
     """(N, m, C, H, W); zero for rows that asked for none; None if no row did."""
     logits: Tensor
     """(N, m, K) main logits, of the model itself."""
+    errors: Tensor
+    """(N, m) share of the model's own passes that misclassify the point: 0 or 1 unless the query has draws."""
     scores: Tensor | None = None
     """(N, m, terms, K) logits and heads, where the query's weights read heads."""
     gates: Tensor | None = None

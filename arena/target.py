@@ -96,13 +96,15 @@ class Target:
             self._batch(query, flat, y, rows, slice(i, i + self.batch_size), bool(wants) and query.climbs)
             for i in range(0, n * m, self.batch_size)
         ]
-        values, logits, grads, scores, gates = (_joined([p[k] for p in parts]) for k in range(5))
+        values, logits, errors, grads, scores, gates = (_joined([p[k] for p in parts]) for k in range(6))
         assert values is not None
         assert logits is not None
+        assert errors is not None
         return Answer(
             values.view(n, m),
             None if grads is None else grads.view_as(query.points),
             logits.view(n, m, -1),
+            errors.view(n, m),
             None if scores is None else scores.view(n, m, *scores.shape[1:]),
             None if gates is None else gates.view(n, m, -1),
         )
@@ -111,7 +113,7 @@ class Target:
         """Answer a query some of whose rows want a gradient: two groups, so that no gradient is wasted."""
         n = len(query.points)
         grad = torch.zeros_like(query.points)
-        merged: dict[str, Tensor | None] = dict.fromkeys(("values", "logits", "scores", "gates"))
+        merged: dict[str, Tensor | None] = dict.fromkeys(("values", "logits", "errors", "scores", "gates"))
         for group, with_grad in ((wants, True), (~wants, False)):
             index = group.nonzero().squeeze(1)
             answer = self.answer(replace(_rows(query, index, with_grad), points=query.points[index]), y[index])
@@ -128,7 +130,8 @@ class Target:
                 grad[index] = answer.grad
         assert merged["values"] is not None
         assert merged["logits"] is not None
-        return Answer(merged["values"], grad, merged["logits"], merged["scores"], merged["gates"])
+        assert merged["errors"] is not None
+        return Answer(merged["values"], grad, merged["logits"], merged["errors"], merged["scores"], merged["gates"])
 
     def _batch(
         self, query: Query, flat: Tensor, y: Tensor, rows: Tensor | None, cut: slice, grad: bool
@@ -139,22 +142,23 @@ class Target:
         x = pad(points)
         query = _rows(query, pad(index), grad)
         labels = y[pad(index)]
-        totals: list[Tensor | None] = [None] * 5
-        draws = [query.draws] * 5
+        totals: list[Tensor | None] = [None] * 6
+        draws = [query.draws] * 6
         for _ in range(query.draws):
             _add(totals, self._pass(query, x, labels, grad), count)
         self.meter.forwards += count * query.draws
         self.meter.backwards += count * query.draws * grad
         if query.surrogate:
-            totals[1], draws[1] = None, query.looks
+            totals[1:3], draws[1:3] = [None, None], [query.looks, query.looks]
             for _ in range(query.looks):
                 with torch.no_grad():
-                    _add(totals, (None, self._reader(x).logits), count)
+                    logits = self._reader(x).logits
+                _add(totals, (None, logits, _errors(logits, labels)), count)
             self.meter.forwards += count * query.looks
         return tuple(t / n if t is not None and n > 1 else t for t, n in zip(totals, draws, strict=True))
 
     def _pass(self, query: Query, x: Tensor, y: Tensor, grad: bool) -> tuple[Tensor | None, ...]:
-        """Return values, logits, gradient, scores and gates of one pass, all of the surrogate if there is one."""
+        """Return values, logits, errors, gradient, scores and gates of one pass: the surrogate's, if there is one."""
         gradient = None
         with torch.set_grad_enabled(grad), posing(self.model, self.surface, query.surrogate):
             leaf = x.detach().requires_grad_(grad)
@@ -167,7 +171,11 @@ class Target:
                     gradient = torch.zeros_like(leaf)
                 else:
                     gradient = torch.autograd.grad(value.sum(), leaf)[0]
-        return value, reading.logits, gradient, scores, gates
+        return value, reading.logits, _errors(reading.logits, y), gradient, scores, gates
+
+
+def _errors(logits: Tensor, y: Tensor) -> Tensor:
+    return (logits.detach().argmax(1) != y).to(logits.dtype)
 
 
 def _add(totals: list[Tensor | None], parts: tuple[Tensor | None, ...], count: int) -> None:

@@ -113,7 +113,7 @@ class Apgd:
         point, grad, value = state["point"], answer.grad[:, 0], answer.values[:, 0]
         step = state["step"]
         first = step == 0
-        broken = wrong(answer.logits, state["y"])
+        broken = wrong(answer)
 
         better = value > state["peak_value"]
         wide = rows(better, point)

@@ -40,7 +40,9 @@ class Nes(Pgd):
         rise = (values[:, 1 : self.pairs + 1] - values[:, self.pairs + 1 :]) / (2 * self.sigma * self.pairs)
         way = self._directions(state).double()
         grad = (rise.view(*rise.shape, 1, 1, 1) * way).sum(1).to(answer.values.dtype)
-        return super().tell(state, Answer(answer.values[:, :1], grad.unsqueeze(1), answer.logits[:, :1]))
+        return super().tell(
+            state, Answer(answer.values[:, :1], grad.unsqueeze(1), answer.logits[:, :1], answer.errors[:, :1])
+        )
 
     def passes(self) -> tuple[int, int]:
         """Return the most (forwards, backwards) one row can cost."""
@@ -111,7 +113,7 @@ class Rays:
 
     def tell(self, state: State, answer: Answer) -> State:
         """Halve the search, or take the direction up, or try the next one."""
-        found, searching, eps = wrong(answer.logits, state["y"]), state["searching"], self.setup.threat.radius
+        found, searching, eps = wrong(answer), state["searching"], self.setup.threat.radius
         middle = (state["low"] + state["high"]) / 2
         high = middle.where(searching & found, state["high"])
         low = middle.where(searching & ~found, state["low"])

@@ -102,7 +102,7 @@ class Steer:
         point, target, phase = state["point"], self._target(state), state["phase"]
         logits = answer.logits[:, 0]
         margin = best_other(logits, state["y"]) - logits.gather(1, state["y"].view(-1, 1)).squeeze(1)
-        broken = wrong(answer.logits, state["y"])
+        broken = wrong(answer)
         better = broken | (margin > state["top"])
         ended = state["step"] >= self.steps
         done = broken | (ended & (state["run"] + 1 >= self.runs))

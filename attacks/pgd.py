@@ -79,7 +79,7 @@ class Pgd:
     def tell(self, state: State, answer: Answer) -> State:
         """Keep the best point, step, and begin the next restart where a run ends."""
         point, value = state["point"], answer.values[:, 0]
-        broken = wrong(answer.logits, state["y"])
+        broken = wrong(answer)
         better = broken | (value > state["top"])
         ended = state["step"] >= self.steps
         done = broken | (ended & (state["restart"] + 1 >= self.restarts))

@@ -120,6 +120,7 @@ def test_a_surrogate_that_lies_about_everything_breaks_nothing(actor, points):
     answer = target.answer(Query(x.unsqueeze(1), "margin", surrogate=lying), y)
     assert (answer.values > 0).all()
     assert torch.equal(answer.logits[:, 0].argmax(1), y)
+    assert not answer.errors.any()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -264,3 +265,29 @@ def test_for_random_models_the_logits_are_averaged_and_the_surrogate_keeps_its_n
     assert (query.averaged(20).draws, query.averaged(2).draws, query.averaged(20).forwards) == (20, 4, 40)
     posed = Query(torch.zeros(3, 2, 1, 2, 2), surrogate=SETTINGS["knob"]).averaged(20)
     assert (posed.draws, posed.looks, posed.forwards) == (1, 20, 42)
+
+
+class Dice(nn.Module):
+    """Answers class 1 with the chance of the first pixel; held at 1 by the knob it always does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always = False
+
+    def forward(self, x):
+        hit = (torch.rand(len(x)) < x[:, 0, 0, 0]) | self.always
+        return torch.stack((0.5 * torch.ones(len(x)), hit * 100.0), 1)
+
+
+@pytest.mark.parametrize("surrogate", [None, Surrogate(knobs={"always": True})])
+def test_errors_are_the_share_of_the_models_own_draws_that_are_wrong(surrogate):
+    """One lucky draw of a huge logit turns the mean of the logits, but not the share of wrong draws."""
+    target = Target(Dice(), Surface(knobs={"always": Knob("", "always", "constant")}, random=True), 2)
+    x = torch.zeros(3, 1, 1, 1)
+    x[1:, 0, 0, 0] = torch.tensor([0.2, 1.0])
+    torch.manual_seed(0)
+    query = Query(x.unsqueeze(1), "margin", surrogate=surrogate).averaged(400)
+    answer = target.answer(query, torch.zeros(3, dtype=torch.int64))
+    assert answer.errors[[0, 2], 0].tolist() == [0, 1]
+    assert 0.1 < answer.errors[1, 0] < 0.3
+    assert answer.logits[1, 0].argmax() == 1
