@@ -22,7 +22,7 @@ from arena.threat import Threat
 State = dict[str, Tensor]
 
 #: Share of wrong draws at which an attack may let a point of a random model go. Where 15 of 20 draws are wrong because
-#: three quarters of all are, 20 others have a wrong majority with 98.6 %; at a bare majority it would be a coin's throw.
+#: three quarters of all are, 20 others have a wrong majority with 98.6 %; at a bare majority it is a coin toss.
 SURE = 0.75
 
 
