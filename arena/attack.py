@@ -21,9 +21,9 @@ from arena.threat import Threat
 
 State = dict[str, Tensor]
 
-#: Share of wrong draws at which an attack may let a point of a random model go. Where 15 of 20 draws are wrong because
-#: three quarters of all are, 20 others have a wrong majority with 98.6 %; at a bare majority it is a coin toss.
-SURE = 0.75
+#: Share of wrong draws at which an attack may let a point of a random model go. At a bare majority of 20 draws it would
+#: be a coin toss whether 20 others confirm it; and an attack looks often, so some looks are lucky.
+SURE = 0.9
 
 
 class Unsupported(Exception):  # noqa: N818 (named like the status it leads to)

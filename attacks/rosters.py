@@ -49,8 +49,8 @@ def adaptive(surface: Surface, threat: Threat, n_classes: int) -> list[Entry]:
     targeted APGD, restarts, other losses. Last the rows that meet all points and stand for themselves (the papers'
     sweeps over the weights of heads and gates) and each head attacked as if it were the classifier.
 
-    A random model costs twenty passes where another costs one: it gets short runs and one value of each knob. A floor,
-    not a proof.
+    A random model costs twenty passes where another costs one: it gets short runs and the last value of each knob. What
+    is generated is a floor, not a proof.
 
     Raises:
         ArenaError: a norm other than Linf and L2.
@@ -58,7 +58,7 @@ def adaptive(surface: Surface, threat: Threat, n_classes: int) -> list[Entry]:
     _only("adaptive", threat)
     targets = min(9, n_classes - 1)
     if surface.random:
-        return [*_knobs(surface, targets), ("apgd_ce", {"steps": 20}), ("pgd", {"loss": "margin", "steps": 20})]
+        return [*_knobs(surface, targets), ("apgd_ce", {"steps": 10}), ("pgd", {"loss": "margin", "steps": 10})]
     short = {"steps": 20, "targets": targets}
     heads = list(surface.heads)
     entries: list[Entry] = [("apgd_ce", {"steps": 20})]
@@ -105,8 +105,8 @@ def _knobs(surface: Surface, targets: int) -> list[Entry]:
     meant = {k: v for k, v in surface.knobs.items() if (v.values and v.path not in gates) or v.kind != "constant"}
     entries: list[Entry] = []
     for name, knob in meant.items():
-        values = knob.values[:1] if surface.random else knob.values
-        entries += [("knob", {"knob": name, "value": text(v), "steps": 20}) for v in values]
+        values, steps = (knob.values[-1:], 10) if surface.random else (knob.values, 20)
+        entries += [("knob", {"knob": name, "value": text(v), "steps": steps}) for v in values]
     if not surface.random and any(v.kind != "constant" for v in meant.values()):
         entries += [("knob", {"loss": "dlr_targeted", "steps": 20, "targets": targets})]
     return entries

@@ -127,7 +127,7 @@ def test_adaptive_turns_each_knob_but_those_that_hold_a_gate():
 def test_adaptive_on_a_random_model_is_short():
     surface = Surface(knobs={"on": Knob("", "on", "constant", (False, True))}, random=True)
     made = entries("adaptive", surface)
-    assert [(a, o.get("value")) for a, o in made] == [("knob", "false"), ("apgd_ce", None), ("pgd", None)]
+    assert [(a, o.get("value")) for a, o in made] == [("knob", "true"), ("apgd_ce", None), ("pgd", None)]
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10])
