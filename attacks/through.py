@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -170,12 +171,12 @@ def knob(
 
 
 def read(value: str) -> Any:
-    """Read a knob's value: ``true``, ``false``, a whole number, a number, else the text."""
+    """Read a knob's value: ``true``, ``false``, a whole number, a number, a fraction, else the text."""
     if value in ("true", "false"):
         return value == "true"
-    for kind in (int, float):
+    for kind in (int, float, lambda text: float(Fraction(text))):
         try:
             return kind(value)
-        except ValueError:
+        except (ValueError, ZeroDivisionError):
             continue
     return value

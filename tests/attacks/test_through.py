@@ -98,6 +98,15 @@ def test_what_a_low_temperature_hides_is_found(fight, options):
     assert f.broken(f.run()).all()
 
 
+@pytest.mark.parametrize(
+    ("text", "value"), [("true", True), ("false", False), ("3", 3), ("0.5", 0.5), ("1/4", 0.25), ("own", "own")]
+)
+def test_a_knobs_value_is_read_as_what_it_is(text, value):
+    from arena_attacks.through import read
+
+    assert (type(read(text)), read(text)) == (type(value), value)
+
+
 class Detector(nn.Module):
     """A gate in front of two branches. Closed, the answer is 0 whatever the image, and its slopes mislead.
 
