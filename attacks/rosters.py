@@ -78,7 +78,7 @@ def adaptive(surface: Surface, threat: Threat, n_classes: int) -> list[Entry]:
     if not heads and not surface.gates:
         entries += [("pgd", {"loss": "ce_scaled", "way": way, "steps": 40}) for way in ("tangent", "tanh")]
     entries += _sweeps(surface)
-    if heads:
+    if heads and surface.selections:
         entries += [("joint_t", {"targets": targets, "weights": "first"})]
     entries += [("apgd_ce", {"head": head, "steps": 50}) for head in heads]
     entries += [("apgd_t", {"head": head, **short}) for head in heads[1:]]

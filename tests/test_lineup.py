@@ -25,7 +25,7 @@ def test_a_surface_decides_what_adaptive_holds():
     names = [a.name for a in headed.attacks]
     assert not any("head=" in a.name for a in plain.attacks)
     assert {f"apgd_ce(head={h},steps=50)" for h in "ab"} <= set(names)
-    assert "joint_t(weights=first)" in names
+    assert "joint_t(steps=20,weights=first)" in names
     sweep = [a for a in headed.attacks if a.spec.spec.sweep]
     assert len(sweep) == 2 * (7 + 2)
     assert all(a.standalone for a in sweep)

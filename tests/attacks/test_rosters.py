@@ -110,7 +110,9 @@ def test_adaptive_relaxes_choices_and_forces_those_a_head_scores():
     made = entries("adaptive", Surface(heads=HEADS, selections={"mask": Selection("m")}))
     assert [o["kind"] for a, o in made if a == "relaxed"] == ["soft", "straight_through"]
     assert "forced" not in names(made)
-    assert "forced" in names(entries("adaptive", FULL))
+    full = entries("adaptive", FULL)
+    assert "forced" in names(full)
+    assert [o["steps"] for a, o in full if a == "joint_t" and o["weights"] == "first"] == [20, 100]
     foreign = entries("adaptive", Surface(heads=HEADS, selections={"mask": Selection(scores="one")}))
     assert not {"relaxed", "forced"} & set(names(foreign))
 
