@@ -8,18 +8,22 @@ dict of tensors whose first dimension is the rows, and never makes a pass of its
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
 
 from arena.rng import Stream
-from arena.selection import Mode
 from arena.surface import Surface
+from arena.surrogate import Surrogate
 from arena.threat import Threat
 
 State = dict[str, Tensor]
+
+#: Share of wrong draws at which an attack may let a point of a random model go. At a bare majority of 20 draws it would
+#: be a coin toss whether 20 others confirm it; and an attack looks often, so some looks are lucky.
+SURE = 0.9
 
 
 class Unsupported(Exception):  # noqa: N818 (named like the status it leads to)
@@ -60,6 +64,25 @@ class Setup:
 
 
 @dataclass(frozen=True)
+class GateTerm:
+    """What an objective wants of the gates: minus the binary cross-entropy between each gate and a wanted value.
+
+    Gates stand in the surface's order. A gate with many values a row counts by the mean over them.
+    """
+
+    weights: Tensor
+    """(N, G), not negative; 0 switches a gate off."""
+    wanted: Tensor
+    """(N, G) in [0, 1]."""
+    tolerance: float = 0.0
+    """A value within this distance of the wanted one is as good as it: its term is 0, without a gradient."""
+
+    def rows(self, index: Tensor) -> GateTerm:
+        """Return the term for a subset of rows."""
+        return GateTerm(self.weights[index], self.wanted[index], self.tolerance)
+
+
+@dataclass(frozen=True)
 class Query:
     """Points an attack wants to see."""
 
@@ -75,22 +98,60 @@ class Query:
     """Whether a gradient of the objective with respect to the points is wanted; bool for all or a bool tensor (N,)."""
     draws: int = 1
     """Passes to average over, for random models."""
-    modes: Mapping[str, Mode] | None = None
-    """How named selections choose in this pass; answers of other modes than hard are a surrogate's, not the model's."""
+    looks: int = 1
+    """Passes of the model itself to average ``Answer.logits`` over, under a surrogate; else those of ``draws``."""
+    surrogate: Surrogate | None = None
+    """Search on this surrogate of the model; costs forwards of the model itself beside, for ``Answer.logits``."""
+    gates: GateTerm | None = None
+    """Added to the objective."""
+    heads_objective: str | None = None
+    """Function for the heads, where it is another one than the logits'."""
+
+    def averaged(self, draws: int) -> Query:
+        """Return the query with the model's own logits averaged over at least so many passes.
+
+        A surrogate keeps its own number: whether a row is broken is not for it to say.
+        """
+        if self.surrogate:
+            return replace(self, looks=max(self.looks, draws))
+        return replace(self, draws=max(self.draws, draws))
+
+    @property
+    def climbs(self) -> bool:
+        """Whether there is anything to increase."""
+        return self.objective is not None or self.gates is not None
+
+    @property
+    def forwards(self) -> int:
+        """Forwards that the query costs each row."""
+        return self.points.shape[1] * (self.draws + (self.looks if self.surrogate else 0))
+
+    @property
+    def backwards(self) -> int:
+        """Backwards that the query costs each row that wants a gradient."""
+        return self.points.shape[1] * self.draws if self.climbs else 0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the passes showed, detached, in the rows' order."""
+    """What the passes showed, detached, in the rows' order.
+
+    Under a surrogate, values, gradients, scores and gates are the surrogate's; logits and errors are always the model's
+    own.
+    """
 
     values: Tensor
     """(N, m) objective; zeros without one."""
     grad: Tensor | None
     """(N, m, C, H, W); zero for rows that asked for none; None if no row did."""
     logits: Tensor
-    """(N, m, K) main logits."""
+    """(N, m, K) main logits, of the model itself."""
+    errors: Tensor
+    """(N, m) share of the model's own passes that misclassify the point: 0 or 1 unless the query has draws."""
     scores: Tensor | None = None
     """(N, m, terms, K) logits and heads, where the query's weights read heads."""
+    gates: Tensor | None = None
+    """(N, m, G) what each gate says, by mean, where the query has a gate term; held gates too say their own."""
 
 
 class IteratedAttack(Protocol):
@@ -117,3 +178,15 @@ class IteratedAttack(Protocol):
     def passes(self) -> tuple[int, int]:
         """Return the most (forwards, backwards) one row can cost."""
         ...
+
+
+def bound(attack: IteratedAttack, draws: int) -> int:
+    """Return the most forwards a row can cost where the model's own logits are averaged over ``draws`` passes.
+
+    An attack that searches on a surrogate says with ``surrogates()`` how many of its forwards are the surrogate's:
+    these are not averaged.
+    """
+    forwards = attack.passes()[0]
+    count: Callable[[], int] | None = getattr(attack, "surrogates", None)
+    own = 0 if count is None else count()
+    return (forwards - own) * draws + own

@@ -10,14 +10,14 @@ import random
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from arena.attack import IteratedAttack, State, Unsupported
+from arena.attack import IteratedAttack, State, Unsupported, bound
 from arena.errors import ArenaError, PluginError
 from arena.rng import Stream
 from arena.target import Target
@@ -121,10 +121,10 @@ def run_iterated(
         clean: scores of the clean images (N, terms, K); computed, uncounted, if not given.
         keeper: where progress is kept.
         progress: called a few times a second with (forwards, rows finished); a finished row counts as having cost the
-            most a row can cost, so that forwards over ``len(x) * attack.passes()[0]`` is the share done.
+            most a row can cost, so that forwards over ``len(x) * bound(attack, draws)`` is the share done.
         until: asked now and then; True stops the run with what is known.
-        draws: passes that every query is averaged over at least; above 1 for random models, so that no row leaves at
-            one lucky draw.
+        draws: passes that the model's logits are averaged over at least; above 1 for random models, so that no row
+            leaves at one lucky draw.
 
     Returns:
         An ``Outcome``; an exception in the attack is contained and named there.
@@ -142,7 +142,7 @@ def run_iterated(
         state = {k: v.to(x.device) for k, v in state.items()}
         live = torch.tensor([i in place and i not in finished for i in state["index"].tolist()], dtype=torch.bool)
         state = _keep(state, live.to(x.device)) if bool(live.any()) else None
-    most, told = attack.passes()[0] * draws, time.monotonic()
+    most, told = bound(attack, draws), time.monotonic()
     outcome.most = most
     active = set(state["index"].tolist()) if state is not None else set()
     queue = [k for i, k in place.items() if i not in finished and i not in active]
@@ -159,15 +159,14 @@ def run_iterated(
                 state = fresh if state is None else _merge(state, fresh)
             assert state is not None
             query = attack.ask(state)
-            if query.draws < draws:
-                query = replace(query, draws=draws)
+            if draws > 1:
+                query = query.averaged(draws)
             if not outcome.moved:
                 outcome.moved = bool((query.points != state["x"].unsqueeze(1)).any())
             answer = target.answer(query, state["y"])
-            passes = query.points.shape[1] * query.draws
-            forwards, backwards = state[FORWARDS] + passes, state[BACKWARDS]
+            forwards, backwards = state[FORWARDS] + query.forwards, state[BACKWARDS]
             if answer.grad is not None:
-                backwards = backwards + passes * (query.grad if isinstance(query.grad, Tensor) else 1)
+                backwards = backwards + query.backwards * (query.grad if isinstance(query.grad, Tensor) else 1)
             owned = {"x": state["x"], "y": state["y"], "index": state["index"]}
             state = {**attack.tell(state, answer), **owned, FORWARDS: forwards, BACKWARDS: backwards}
             leaving = state["done"]

@@ -16,6 +16,11 @@ from arena.specs import load
 
 Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
+#: Spread, largest minus smallest score, that ``ce_scaled`` gives its scores.
+SPREAD = 10.0
+#: Share of a head's spread by which a target class has to lead to count as chosen for good.
+ENOUGH = 0.1
+
 
 def ce(scores: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
     """Cross-entropy of the true class."""
@@ -54,10 +59,34 @@ def dlr_targeted(scores: Tensor, y: Tensor, target: Tensor | None = None) -> Ten
     return margin_targeted(scores, y, target) / scale
 
 
+def ce_scaled(scores: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
+    """Cross-entropy of the scores brought to a spread of 10; the scale carries no gradient.
+
+    Where logits are huge or nearly equal, the plain cross-entropy has no slope or always the same one (papers.md 9.5).
+    """
+    return F.cross_entropy(scores * (SPREAD / _spread(scores)), y, reduction="none")
+
+
+def lead(scores: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
+    """Target score minus the best of all others, over the scores' spread, which carries no gradient (papers.md 9.1)."""
+    t = _needed(target)
+    return (_at(scores, t) - best_other(scores, t)) / _spread(scores).squeeze(1)
+
+
+def lead_enough(scores: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
+    """``lead``, of which more than ``ENOUGH`` is worth nothing more: a head that is flipped is left where it is."""
+    return lead(scores, y, target).clamp_max(ENOUGH)
+
+
 def best_other(scores: Tensor, y: Tensor) -> Tensor:
     """Largest score among the wrong classes, (M,)."""
     hidden = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, y.view(-1, 1), True)
     return scores.masked_fill(hidden, -torch.inf).amax(1)
+
+
+def _spread(scores: Tensor) -> Tensor:
+    found = scores.detach()
+    return (found.amax(1, keepdim=True) - found.amin(1, keepdim=True)).clamp_min(1e-12)
 
 
 def _at(scores: Tensor, classes: Tensor) -> Tensor:
@@ -70,7 +99,9 @@ def _needed(target: Tensor | None) -> Tensor:
     return target
 
 
-BUILT_IN: dict[str, Objective] = {f.__name__: f for f in (ce, ce_targeted, margin, margin_targeted, dlr, dlr_targeted)}
+BUILT_IN: dict[str, Objective] = {
+    f.__name__: f for f in (ce, ce_scaled, ce_targeted, margin, margin_targeted, dlr, dlr_targeted, lead, lead_enough)
+}
 
 
 def objective(name: str) -> Objective:

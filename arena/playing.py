@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from arena.arrangement import Arrangement, indices_hash
-from arena.attack import Setup, Unsupported
+from arena.attack import Setup, Unsupported, bound
 from arena.audit import AuditContext, statuses, verdict
 from arena.check import PROBE, changed_parts, check_defense, state_hash
 from arena.contender import seeded
@@ -166,7 +166,7 @@ class Playing:
             setup = Setup(arranged.threat, self.n_classes, self.surface, arranged.images.shape, stream)
             attack = load(spec.iterate)(setup, **planned.options)
             draws = DRAWS if self.surface.random else 1
-            self.watch.phase(planned.name, len(x) * attack.passes()[0] * draws, "forwards")
+            self.watch.phase(planned.name, len(x) * bound(attack, draws), "forwards")
             # A random model draws from the global generator: the same match draws the same numbers.
             with seeded(int(stream.bits(self.index[:1], 0, 0, 1)[0, 0])):
                 return run_iterated(

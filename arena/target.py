@@ -7,16 +7,17 @@ and give other last bits (measured on CPU, fp32: batches of 1, 2, 7 and 9 differ
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arena.attack import Answer, Query
+from arena.attack import Answer, GateTerm, Query
 from arena.objectives import objective
-from arena.selection import choosing
-from arena.surface import Reader, Surface, selects
+from arena.surface import Reader, Reading, Surface, selects
+from arena.surrogate import posing
 
 PAD = 8
 DEFAULT_BATCH = 256
@@ -60,7 +61,7 @@ class Target:
         self.batch_size = padded(self.batch_size)
         self.model.eval().requires_grad_(False)
         self._reader = Reader(self.model, self.surface)
-        self._selects = selects(self.model, self.surface)
+        selects(self.model, self.surface)  # a declared choice that is none is said before the first pass
         self.module = CountedModule(self)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class Target:
         """
         n, m = query.points.shape[:2]
         wants = query.grad
-        if isinstance(wants, Tensor) and query.objective is not None:
+        if isinstance(wants, Tensor) and query.climbs:
             some, every = bool(wants.any()), bool(wants.all())
             if some and not every:
                 return self._mixed(query, y, wants)
@@ -92,27 +93,30 @@ class Target:
         rows = torch.arange(n, device=y.device).repeat_interleave(m) if m > 1 else None
         flat = query.points.flatten(0, 1)
         parts = [
-            self._batch(query, flat, y, rows, slice(i, i + self.batch_size), bool(wants))
+            self._batch(query, flat, y, rows, slice(i, i + self.batch_size), bool(wants) and query.climbs)
             for i in range(0, n * m, self.batch_size)
         ]
-        values, logits, grads, scores = (_joined([p[k] for p in parts]) for k in range(4))
+        values, logits, errors, grads, scores, gates = (_joined([p[k] for p in parts]) for k in range(6))
         assert values is not None
         assert logits is not None
+        assert errors is not None
         return Answer(
             values.view(n, m),
             None if grads is None else grads.view_as(query.points),
             logits.view(n, m, -1),
+            errors.view(n, m),
             None if scores is None else scores.view(n, m, *scores.shape[1:]),
+            None if gates is None else gates.view(n, m, -1),
         )
 
     def _mixed(self, query: Query, y: Tensor, wants: Tensor) -> Answer:
         """Answer a query some of whose rows want a gradient: two groups, so that no gradient is wasted."""
         n = len(query.points)
         grad = torch.zeros_like(query.points)
-        merged: dict[str, Tensor | None] = {"values": None, "logits": None, "scores": None}
+        merged: dict[str, Tensor | None] = dict.fromkeys(("values", "logits", "errors", "scores", "gates"))
         for group, with_grad in ((wants, True), (~wants, False)):
             index = group.nonzero().squeeze(1)
-            answer = self.answer(_rows(query, index, with_grad), y[index])
+            answer = self.answer(replace(_rows(query, index, with_grad), points=query.points[index]), y[index])
             for key in merged:
                 part = getattr(answer, key)
                 if part is None:
@@ -126,81 +130,104 @@ class Target:
                 grad[index] = answer.grad
         assert merged["values"] is not None
         assert merged["logits"] is not None
-        return Answer(merged["values"], grad, merged["logits"], merged["scores"])
+        assert merged["errors"] is not None
+        return Answer(merged["values"], grad, merged["logits"], merged["errors"], merged["scores"], merged["gates"])
 
     def _batch(
         self, query: Query, flat: Tensor, y: Tensor, rows: Tensor | None, cut: slice, grad: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         points = flat[cut]
         count = points.shape[0]
         index = torch.arange(cut.start, cut.start + count, device=y.device) if rows is None else rows[cut]
         x = pad(points)
-        index = pad(index)
-        grad = grad and query.objective is not None
-        modes = {k: mode.rows(index) for k, mode in (query.modes or {}).items()}
-        labels = y[index]
-        target = None if query.target is None else query.target[index]
-        weights = None if query.weights is None else query.weights[index]
-        totals: list[Tensor | None] = [None, None, None, None]
+        query = _rows(query, pad(index), grad)
+        labels = y[pad(index)]
+        totals: list[Tensor | None] = [None] * 6
+        draws = [query.draws] * 6
         for _ in range(query.draws):
-            with torch.set_grad_enabled(grad), choosing(self._selects, modes):
-                leaf = x.detach().requires_grad_(grad)
-                reading = self._reader(leaf)
-                scores = reading.scores() if weights is not None and reading.heads else None
-                value = self._value(query, reading.logits, scores, labels, target, weights)
-                gradient = None
-                if grad:
-                    if not value.requires_grad:  # the objective does not depend on x: a gradient of exact zeros
-                        gradient = torch.zeros_like(leaf)
-                    else:
-                        gradient = torch.autograd.grad(value.sum(), leaf)[0]
-            self.meter.forwards += count
-            self.meter.backwards += count if grad else 0
-            for k, part in enumerate((value, reading.logits, gradient, scores)):
-                if part is not None:
-                    part = part.detach()[:count]
-                    before = totals[k]
-                    totals[k] = part if before is None else before + part
-        if query.draws > 1:
-            totals = [None if t is None else t / query.draws for t in totals]
-        values, logits = totals[0], totals[1]
-        assert values is not None
-        assert logits is not None
-        return values, logits, totals[2], totals[3]
+            _add(totals, self._pass(query, x, labels, grad), count)
+        self.meter.forwards += count * query.draws
+        self.meter.backwards += count * query.draws * grad
+        if query.surrogate:
+            totals[1:3], draws[1:3] = [None, None], [query.looks, query.looks]
+            for _ in range(query.looks):
+                with torch.no_grad():
+                    logits = self._reader(x).logits
+                _add(totals, (None, logits, _errors(logits, labels)), count)
+            self.meter.forwards += count * query.looks
+        return tuple(t / n if t is not None and n > 1 else t for t, n in zip(totals, draws, strict=True))
 
-    def _value(
-        self,
-        query: Query,
-        logits: Tensor,
-        scores: Tensor | None,
-        y: Tensor,
-        target: Tensor | None,
-        weights: Tensor | None,
-    ) -> Tensor:
-        if query.objective is None:
-            return logits.new_zeros(logits.shape[0])
+    def _pass(self, query: Query, x: Tensor, y: Tensor, grad: bool) -> tuple[Tensor | None, ...]:
+        """Return values, logits, errors, gradient, scores and gates of one pass: the surrogate's, if there is one."""
+        gradient = None
+        with torch.set_grad_enabled(grad), posing(self.model, self.surface, query.surrogate):
+            leaf = x.detach().requires_grad_(grad)
+            reading = self._reader(leaf)
+            scores = reading.scores() if query.weights is not None and reading.heads else None
+            gates = gate_values(reading) if query.gates is not None else None
+            value = _value(query, reading.logits, scores, gates, y)
+            if grad:
+                if not value.requires_grad:  # the objective does not depend on x: a gradient of exact zeros
+                    gradient = torch.zeros_like(leaf)
+                else:
+                    gradient = torch.autograd.grad(value.sum(), leaf)[0]
+        return value, reading.logits, _errors(reading.logits, y), gradient, scores, gates
+
+
+def _errors(logits: Tensor, y: Tensor) -> Tensor:
+    return (logits.detach().argmax(1) != y).to(logits.dtype)
+
+
+def _add(totals: list[Tensor | None], parts: tuple[Tensor | None, ...], count: int) -> None:
+    for k, part in enumerate(parts):
+        if part is not None:
+            before = totals[k]
+            totals[k] = part.detach()[:count] if before is None else before + part.detach()[:count]
+
+
+def _value(query: Query, logits: Tensor, scores: Tensor | None, gates: Tensor | None, y: Tensor) -> Tensor:
+    value = logits.new_zeros(logits.shape[0])
+    if query.objective is not None:
         function = objective(query.objective)
-        if scores is None or weights is None:
-            value = function(logits, y, target)
-            return value if weights is None else value * weights[:, 0]
-        terms = scores.shape[1]
-        many = scores.flatten(0, 1)
-        labels = y.repeat_interleave(terms)
-        targets = None if target is None else target.repeat_interleave(terms)
-        each = function(many, labels, targets).view(-1, terms)
-        # A weight of 0 switches a term off, also where its value is infinite.
-        return (each * weights).masked_fill(weights == 0, 0.0).sum(1)
+        if scores is None or query.weights is None:
+            value = function(logits, y, query.target)
+            value = value if query.weights is None else value * query.weights[:, 0]
+        else:
+            each = [function(logits, y, query.target).unsqueeze(1)]
+            terms = scores.shape[1] - 1
+            many, labels = scores[:, 1:].flatten(0, 1), y.repeat_interleave(terms)
+            targets = None if query.target is None else query.target.repeat_interleave(terms)
+            each.append(objective(query.heads_objective or query.objective)(many, labels, targets).view(-1, terms))
+            # A weight of 0 switches a term off, also where its value is infinite.
+            value = (torch.cat(each, 1) * query.weights).masked_fill(query.weights == 0, 0.0).sum(1)
+    if query.gates is not None and gates is not None:
+        value = value - _gate_cost(query.gates, gates)
+    return value
+
+
+def gate_values(reading: Reading) -> Tensor:
+    """Return the gates' values in the surface's order, a gate with many values a row by their mean: (N, G)."""
+    return torch.stack([g if g.dim() == 1 else g.flatten(1).mean(1) for g in reading.gates.values()], dim=1)
+
+
+def _gate_cost(term: GateTerm, gates: Tensor) -> Tensor:
+    cost = F.binary_cross_entropy(gates.clamp(0, 1), term.wanted, reduction="none")
+    reached = (gates - term.wanted).abs() <= term.tolerance
+    off = (term.weights == 0) | (reached & (term.tolerance > 0))
+    return (cost * term.weights).masked_fill(off, 0.0).sum(1)
 
 
 def _rows(query: Query, index: Tensor, grad: bool) -> Query:
-    return Query(
-        query.points[index],
-        query.objective,
-        None if query.weights is None else query.weights[index],
-        None if query.target is None else query.target[index],
-        grad,
-        query.draws,
-        None if query.modes is None else {k: mode.rows(index) for k, mode in query.modes.items()},
+    def part(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[index]
+
+    return replace(
+        query,
+        weights=part(query.weights),
+        target=part(query.target),
+        grad=grad,
+        surrogate=query.surrogate.rows(index) if query.surrogate else None,
+        gates=query.gates.rows(index) if query.gates is not None else None,
     )
 
 

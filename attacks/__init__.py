@@ -8,55 +8,41 @@ from fractions import Fraction
 from arena.hookspecs import hookimpl
 from arena.specs import AttackSpec, Option, RosterSpec
 
-_BOTH = ("Linf", "L2")
-_LOSSES = ("ce", "margin", "dlr")
-
-
-def _steps(default: int) -> Option:
-    return Option(default, "gradient steps a restart, 1 to a million", low=1, high=1_000_000)
-
-
-def _restarts(default: int = 1) -> Option:
-    return Option(default, "runs from different start points, at least 1", low=1)
-
-
-def _step(default: Fraction) -> Option:
-    return Option(default, "step size as a fraction of eps, above 0", low=1e-6, high=100)
-
-
-def _loss(default: str, choices: tuple[str, ...] = _LOSSES) -> Option:
-    return Option(default, f"what is climbed: {', '.join(choices)}", choices=choices)
-
-
-_HEAD = Option("logits", "auxiliary head to attack as if it were the classifier; logits: the model's output")
+from .catalog_surface import CHOICES, GATES, JOINT
+from .options import BOTH, HEAD, TARGETS, loss, restarts, step, steps
 
 _PGD = (
     AttackSpec(
         "fgsm",
         "one step of eps along the gradient",
-        _BOTH,
+        BOTH,
         iterate="arena_attacks.pgd:fgsm",
         paper="Goodfellow et al. 2015, arXiv 1412.6572",
         options={
-            "loss": _loss("ce"),
+            "loss": loss("ce"),
             "random_start": Option(False, "start at a random point of the ball"),
-            "head": _HEAD,
+            "head": HEAD,
         },
     ),
     AttackSpec(
         "pgd",
         "projected gradient descent, best iterate kept, restarts",
-        _BOTH,
+        BOTH,
         iterate="arena_attacks.pgd:pgd",
         paper="Madry et al. 2018, arXiv 1706.06083",
         options={
-            "steps": _steps(20),
-            "restarts": _restarts(),
-            "loss": _loss("ce"),
-            "step": _step(Fraction(1, 4)),
+            "steps": steps(20),
+            "restarts": restarts(),
+            "loss": loss("ce"),
+            "step": step(Fraction(1, 4)),
             "random_start": Option(True, "start at a random point of the ball; else at the image, once"),
-            "head": _HEAD,
+            "head": HEAD,
             "eot": Option(1, "passes to average each gradient over, for random models, at least 1", low=1),
+            "way": Option(
+                "plain",
+                "the gradient, without entries the box stops (L2), without brightness and contrast, or in tanh space",
+                choices=("plain", "box", "tangent", "tanh"),
+            ),
         },
     ),
     AttackSpec(
@@ -65,21 +51,21 @@ _PGD = (
         ("Linf",),
         iterate="arena_attacks.pgd:cw_linf",
         paper="Carlini & Wagner 2017, arXiv 1608.04644",
-        options={"steps": _steps(30), "restarts": _restarts(), "step": _step(Fraction(1, 4)), "head": _HEAD},
+        options={"steps": steps(30), "restarts": restarts(), "step": step(Fraction(1, 4)), "head": HEAD},
     ),
     AttackSpec(
         "lambda_pgd",
         "one row of the lambda sweep: PGD on loss(logits) + lam * mean loss(heads)",
-        _BOTH,
+        BOTH,
         iterate="arena_attacks.pgd:lambda_pgd",
         paper="lambda_attack sweep of the FGAA paper, table 5",
         options={
             "lam": Option(1.0, "weight of the heads, 0 to inf; inf: heads only", low=0, high=math.inf),
             "head": Option("", "the one head to weigh; empty: the mean over all heads"),
-            "loss": _loss("ce", ("ce", "margin")),
-            "steps": _steps(20),
-            "step": _step(Fraction(1, 10)),
-            "restarts": _restarts(),
+            "loss": loss("ce", ("ce", "margin", "dlr")),
+            "steps": steps(20),
+            "step": step(Fraction(1, 10)),
+            "restarts": restarts(),
         },
         standalone=True,
         sweep="lambda_pgd",
@@ -87,47 +73,46 @@ _PGD = (
 )
 
 _RHO = Option(0.75, "share of rises below which a window counts as stalling, 0 to 1", low=0, high=1)
-_TARGETS = Option(9, "classes to aim at, the highest wrong ones first, at least 1; never more than K - 1", low=1)
 _APGD_PAPER = "Croce & Hein 2020, arXiv 2003.01690"
 
 _APGD = (
     AttackSpec(
         "apgd_ce",
         "Auto-PGD on the cross-entropy",
-        _BOTH,
+        BOTH,
         iterate="arena_attacks.apgd:apgd_ce",
         paper=_APGD_PAPER,
-        options={"steps": _steps(100), "restarts": _restarts(), "rho": _RHO, "head": _HEAD},
+        options={"steps": steps(100), "restarts": restarts(), "rho": _RHO, "head": HEAD},
     ),
     AttackSpec(
         "apgd_dlr",
         "Auto-PGD on the difference of logits ratio",
-        _BOTH,
+        BOTH,
         iterate="arena_attacks.apgd:apgd_dlr",
         paper=_APGD_PAPER,
-        options={"steps": _steps(100), "restarts": _restarts(), "rho": _RHO, "head": _HEAD},
+        options={"steps": steps(100), "restarts": restarts(), "rho": _RHO, "head": HEAD},
     ),
     AttackSpec(
         "apgd_t",
         "Auto-PGD on the targeted difference of logits ratio",
-        _BOTH,
+        BOTH,
         iterate="arena_attacks.apgd:apgd_t",
         paper=_APGD_PAPER,
-        options={"targets": _TARGETS, "steps": _steps(100), "restarts": _restarts(), "rho": _RHO, "head": _HEAD},
+        options={"targets": TARGETS, "steps": steps(100), "restarts": restarts(), "rho": _RHO, "head": HEAD},
     ),
 )
 
 _FAB = AttackSpec(
     "fab_t",
     "targeted FAB: the nearest misclassified point, by projections onto the linearised boundary",
-    _BOTH,
+    BOTH,
     iterate="arena_attacks.fab:fab_t",
     paper="Croce & Hein 2020, arXiv 1907.02044",
     kind="minimal",
     options={
-        "targets": _TARGETS,
-        "steps": _steps(100),
-        "restarts": _restarts(),
+        "targets": TARGETS,
+        "steps": steps(100),
+        "restarts": restarts(),
         "alpha_max": Option(0.1, "largest pull towards the clean image, 0 to 1", low=0, high=1),
         "eta": Option(1.05, "overshoot across the boundary, 1 to 2", low=1, high=2),
         "beta": Option(0.9, "step back towards the clean image from a misclassified point, 0 to 1", low=0, high=1),
@@ -137,15 +122,44 @@ _FAB = AttackSpec(
 _SQUARE = AttackSpec(
     "square",
     "square attack: random search with square patches on the margin",
-    _BOTH,
+    BOTH,
     iterate="arena_attacks.square:square",
     paper="Andriushchenko et al. 2020, arXiv 1912.00049",
     knowledge="score-based",
     options={
         "queries": Option(5000, "proposals a restart, one forward each, at least 1", low=1),
         "p_init": Option(0.8, "share of pixels changed by the first proposals, above 0 to 1", low=1e-6, high=1),
-        "restarts": _restarts(),
+        "restarts": restarts(),
     },
+)
+
+_BLACKBOX = (
+    AttackSpec(
+        "nes",
+        "PGD on finite differences of the margin: a check on gradients",
+        BOTH,
+        iterate="arena_attacks.blackbox:nes",
+        paper="Ilyas et al. 2018, arXiv 1804.08598",
+        knowledge="score-based",
+        options={
+            "pairs": Option(32, "pairs of points an estimate, two forwards each, at least 1", low=1),
+            "sigma": Option(0.01, "distance of a pair's points in each pixel, above 0", low=1e-6, high=1),
+            "steps": steps(20),
+            "step": step(Fraction(1, 4)),
+            "restarts": restarts(),
+            "loss": loss("margin"),
+        },
+    ),
+    AttackSpec(
+        "rays",
+        "RayS: the nearest wrong label along directions of +-1, from labels alone",
+        BOTH,
+        iterate="arena_attacks.blackbox:rays",
+        paper="Chen & Gu 2020, arXiv 2006.12792",
+        knowledge="decision-based",
+        kind="minimal",
+        options={"queries": Option(1000, "labels asked for, one forward each, at least 1", low=1)},
+    ),
 )
 
 _FOREIGN = (
@@ -171,8 +185,9 @@ _ROSTERS = (
     RosterSpec("autoattack", "the standard AutoAttack ensemble", "arena_attacks.rosters:autoattack"),
     RosterSpec(
         "adaptive",
-        "attacks made for the defense's surface: lambda sweep, heads as classifiers, restarts, other losses",
+        "attacks made for the defense's surface: heads, hard choices, gates, knobs; restarts, other losses",
         "arena_attacks.rosters:adaptive",
+        version="2",
         from_surface=True,
     ),
 )
@@ -181,4 +196,4 @@ _ROSTERS = (
 @hookimpl
 def arena_register_attacks() -> list[AttackSpec | RosterSpec]:
     """Return the built-in attacks and rosters."""
-    return [*_PGD, *_APGD, _FAB, _SQUARE, *_FOREIGN, *_ROSTERS]
+    return [*_PGD, *_APGD, *GATES, *CHOICES, *JOINT, _FAB, _SQUARE, *_BLACKBOX, *_FOREIGN, *_ROSTERS]

@@ -48,13 +48,16 @@ class Apgd:
         rho: float,
         head: str,
         targets: int = 0,
+        weights: Tensor | None = None,
+        heads_loss: str | None = None,
     ) -> None:
         self.setup = setup
         self.loss = loss
         self.steps = steps
         self.restarts = restarts
         self.term = setup.term(head)
-        self.weights = one_hot(setup, head)
+        self.weights = one_hot(setup, head) if weights is None else weights
+        self.heads_loss = heads_loss
         self.targets = min(targets, setup.n_classes - 1)
         self.runs = restarts * max(self.targets, 1)
         # by iteration: the most rises that still count as stalling, -1 where there is no checkpoint
@@ -101,6 +104,7 @@ class Apgd:
             weights=spread(self.weights, state["y"]),
             target=target,
             grad=True,
+            heads_objective=self.heads_loss,
         )
 
     def tell(self, state: State, answer: Answer) -> State:
@@ -109,7 +113,7 @@ class Apgd:
         point, grad, value = state["point"], answer.grad[:, 0], answer.values[:, 0]
         step = state["step"]
         first = step == 0
-        broken = wrong(answer.logits, state["y"])
+        broken = wrong(answer)
 
         better = value > state["peak_value"]
         wide = rows(better, point)

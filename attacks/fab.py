@@ -89,7 +89,7 @@ class Fab:
 
     def _score(self, new: State, state: State, answer: Answer, scoring: Tensor) -> None:
         point, x, threat = state["point"], state["x"], self.setup.threat
-        found = scoring & wrong(answer.logits, state["y"])
+        found = scoring & wrong(answer)
         norm = self._norm((point - x).flatten(1)).squeeze(1)
         nearer = found & (norm < state["norm"])
         new["nearest"] = point.where(rows(nearer, point), state["nearest"])

@@ -15,6 +15,7 @@ from torch import Tensor
 from arena.attack import Answer, Query, Setup, State, Unsupported
 
 from .steps import ascend, inside_start, one_hot, rows, spread, wrong
+from .ways import climb_unbounded, feasible, tangent
 
 
 class Pgd:
@@ -34,7 +35,13 @@ class Pgd:
         random_start: bool = True,
         weights: Tensor | None = None,
         draws: int = 1,
+        way: str = "plain",
     ) -> None:
+        if way == "box" and setup.threat.norm == "Linf":
+            raise Unsupported(
+                "way=box: under Linf each pixel steps by itself, so the box takes nothing from the others"
+            )
+        self.way = way
         self.setup = setup
         self.steps = steps
         self.size = float(step) * setup.threat.radius
@@ -72,12 +79,12 @@ class Pgd:
     def tell(self, state: State, answer: Answer) -> State:
         """Keep the best point, step, and begin the next restart where a run ends."""
         point, value = state["point"], answer.values[:, 0]
-        broken = wrong(answer.logits, state["y"])
+        broken = wrong(answer)
         better = broken | (value > state["top"])
         ended = state["step"] >= self.steps
         done = broken | (ended & (state["restart"] + 1 >= self.restarts))
         grad = torch.zeros_like(point) if answer.grad is None else answer.grad[:, 0]
-        moved = self.setup.threat.project(state["x"], ascend(self.setup.threat, point, grad, self.size))
+        moved = self._move(state["x"], point, grad)
         step, restart = state["step"] + 1, state["restart"]
         again = ended & ~done
         if again.any():
@@ -93,6 +100,16 @@ class Pgd:
             "top": value.where(better, state["top"]),
             "done": done,
         }
+
+    def _move(self, x: Tensor, point: Tensor, grad: Tensor) -> Tensor:
+        threat = self.setup.threat
+        if self.way == "tanh":
+            return climb_unbounded(threat, x, point, grad, self.size)
+        if self.way == "tangent":
+            grad = tangent(point, grad)
+        elif self.way == "box":
+            grad = feasible(point, grad)
+        return threat.project(x, ascend(threat, point, grad, self.size))
 
     def passes(self) -> tuple[int, int]:
         """Return the most (forwards, backwards) one row can cost."""
@@ -114,6 +131,7 @@ def pgd(
     random_start: bool = True,
     head: str = "logits",
     eot: int = 1,
+    way: str = "plain",
 ) -> Pgd:
     """Make projected gradient descent; without a random start every restart is the same, so one is run."""
     return Pgd(
@@ -125,6 +143,7 @@ def pgd(
         random_start=random_start,
         weights=one_hot(setup, head),
         draws=eot,
+        way=way,
     )
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 
 from arena.errors import ArenaError
-from arena.specs import Entry
+from arena.specs import Entry, text
 from arena.surface import Surface
 from arena.threat import Threat
 
 #: The papers' sweep over the weight of the heads in the attack's loss (papers' λ_attack).
 LAMBDAS = (0.0, 0.1, 1.0, 2.0, 10.0, 100.0, math.inf)
+#: AFA's ratios of the logits' loss to the gate's.
+RATIOS = ((10.0, 1.0), (5.0, 1.0), (2.0, 1.0), (1.0, 1.0), (1.0, 2.0), (1.0, 5.0), (1.0, 10.0))
+#: Values at which gates are held.
+HELD = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def _only(name: str, threat: Threat) -> None:
@@ -38,28 +42,86 @@ def autoattack(surface: Surface, threat: Threat, n_classes: int) -> list[Entry]:
 
 
 def adaptive(surface: Surface, threat: Threat, n_classes: int) -> list[Entry]:
-    """Return what a surface calls for, cheap and decisive first.
+    """Return what a surface calls for, cheap and decisive first, each attack meeting what the ones before left.
 
-    With heads: the λ_attack sweep of 20 steps, on cross-entropy and margin, and each head attacked as if it were the
-    classifier (APGD-CE, then targeted APGD), its points judged on the model's output. Always: PGD with restarts on the
-    margin, APGD on the DLR, PGD with restarts on the cross-entropy. A floor, not a proof.
+    First a look (APGD-CE, 20 steps) and, with heads, the first one flipped for every target. Then what else the surface
+    declares: choices relaxed and forced, knobs turned, gates held, heads and logits together. Then the output itself:
+    targeted APGD, restarts, other losses. Last the rows that meet all points and stand for themselves (the papers'
+    sweeps over the weights of heads and gates) and each head attacked as if it were the classifier.
+
+    A random model costs twenty passes where another costs one: it gets short runs and the last value of each knob. What
+    is generated is a floor, not a proof.
 
     Raises:
         ArenaError: a norm other than Linf and L2.
     """
     _only("adaptive", threat)
-    heads = list(surface.heads)
     targets = min(9, n_classes - 1)
+    if surface.random:
+        return [*_knobs(surface, targets), ("apgd_ce", {"steps": 10}), ("pgd", {"loss": "margin", "steps": 10})]
+    short = {"steps": 20, "targets": targets}
+    heads = list(surface.heads)
+    entries: list[Entry] = [("apgd_ce", {"steps": 20})]
+    if heads:
+        entries += [("joint_t", {**short, "weights": "first"})]
+    entries += _selections(surface, targets)
+    entries += _knobs(surface, targets)
+    if heads:
+        entries += [("joint_t", short)]
+    entries += [("gate_held", {"value": v, "steps": 20}) for v in HELD if surface.gates]
+    entries += [
+        ("apgd_t", short),
+        ("pgd", {"loss": "margin", "steps": 40, "restarts": 5}),
+        ("apgd_dlr", {}),
+        ("pgd", {"loss": "ce", "steps": 40, "restarts": 5}),
+    ]
+    if not heads and not surface.gates:
+        entries += [("pgd", {"loss": "ce_scaled", "way": way, "steps": 40}) for way in ("tangent", "tanh")]
+    entries += _sweeps(surface)
+    if heads and surface.selections:
+        entries += [("joint_t", {"targets": targets, "weights": "first"})]
+    entries += [("apgd_ce", {"head": head, "steps": 50}) for head in heads]
+    entries += [("apgd_t", {"head": head, **short}) for head in heads[1:]]
+    return entries
+
+
+def _selections(surface: Surface, targets: int) -> list[Entry]:
+    """Relax every choice; force those that a head scores."""
+    found = [s for s in surface.selections.values() if s.path]
+    entries: list[Entry] = []
+    if found:
+        entries += [("relaxed", {"steps": 20}), ("relaxed", {"kind": "straight_through", "by": "pgd", "steps": 40})]
+    if any(s.scores for s in found):
+        entries += [("forced", {"steps": 20, "targets": targets})]
+    return entries
+
+
+def _knobs(surface: Surface, targets: int) -> list[Entry]:
+    """Turn each knob to each of its values, and those that are no constants all at once for every target.
+
+    A constant in the place of a gate is left out: gates are held.
+    """
+    gates = {gate.path for gate in surface.gates.values()}
+    meant = {k: v for k, v in surface.knobs.items() if (v.values and v.path not in gates) or v.kind != "constant"}
+    entries: list[Entry] = []
+    for name, knob in meant.items():
+        values, steps = (knob.values[-1:], 10) if surface.random else (knob.values, 20)
+        entries += [("knob", {"knob": name, "value": text(v), "steps": steps}) for v in values]
+    if not surface.random and any(v.kind != "constant" for v in meant.values()):
+        entries += [("knob", {"loss": "dlr_targeted", "steps": 20, "targets": targets})]
+    return entries
+
+
+def _sweeps(surface: Surface) -> list[Entry]:
+    """Return the rows of the papers' sweeps: weights of the heads, and for gates of one number a row, of the gates."""
+    heads = list(surface.heads)
     entries: list[Entry] = []
     if heads:
         weights: list[dict[str, float | str]] = [{"lam": lam} for lam in LAMBDAS]
         weights += [{"lam": math.inf, "head": head} for head in heads if len(heads) > 1]
         entries += [("lambda_pgd", {"steps": 20, "loss": loss, **w}) for loss in ("ce", "margin") for w in weights]
-        entries += [("apgd_ce", {"head": head}) for head in heads]
-        entries += [("apgd_t", {"head": head, "targets": targets}) for head in heads]
-    entries += [
-        ("pgd", {"loss": "margin", "steps": 40, "restarts": 5}),
-        ("apgd_dlr", {}),
-        ("pgd", {"loss": "ce", "steps": 40, "restarts": 5}),
-    ]
+    if any(gate.shape == "example" for gate in surface.gates.values()):
+        entries += [("gate_pgd", {"a": a, "b": b, "to": to}) for to in ("clean", "other") for a, b in RATIOS]
+    elif surface.gates:
+        entries += [("gate_pgd", {"to": to}) for to in ("clean", "other")]
     return entries

@@ -97,7 +97,7 @@ class Square:
     def tell(self, state: State, answer: Answer) -> State:
         """Keep the proposal if it raised the margin, and propose the next."""
         point, value = state["point"], answer.values[:, 0]
-        broken = wrong(answer.logits, state["y"])
+        broken = wrong(answer)
         better = (value > state["value"]) | broken
         new = dict(state)
         new["held"] = point.where(rows(better, point), state["held"])

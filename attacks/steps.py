@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arena.attack import Setup
+from arena.attack import SURE, Answer, Setup
 from arena.threat import Threat
 
 #: Keeps a direction of zero length at zero.
@@ -41,9 +41,9 @@ def ranked(scores: Tensor, y: Tensor, count: int) -> Tensor:
     return hidden.sort(dim=1, descending=True, stable=True).indices[:, :count]
 
 
-def wrong(logits: Tensor, y: Tensor) -> Tensor:
-    """Tell which rows the main output (N, m, K) misclassifies at their first point, bool (N,)."""
-    return logits[:, 0].argmax(1) != y
+def wrong(answer: Answer) -> Tensor:
+    """Tell which rows the model misclassifies at their first point, bool (N,); random models, at most draws."""
+    return answer.errors[:, 0] >= SURE
 
 
 def rows(mask: Tensor, like: Tensor) -> Tensor:

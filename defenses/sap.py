@@ -109,7 +109,7 @@ def surface(model: nn.Module) -> Surface:
     return Surface(
         knobs={
             "frac": Knob("sampler", "frac", "constant", (2.0, 10.0)),
-            "draws": Knob("sampler", "draws", "constant", (10, 100)),
+            "draws": Knob("sampler", "draws", "constant"),  # no values: the attacks average over draws themselves
             "on": Knob("sampler", "on", "constant", (False,)),
         },
         random=True,

@@ -24,8 +24,8 @@ def test_a_surface_decides_what_adaptive_holds():
     (headed,) = line_up(("adaptive",), registry(), Surface(heads={"a": Head("x"), "b": Head("y")}), LINF, 10)
     names = [a.name for a in headed.attacks]
     assert not any("head=" in a.name for a in plain.attacks)
-    assert {f"apgd_ce(head={h})" for h in "ab"} <= set(names)
-    assert {f"apgd_t(head={h})" for h in "ab"} <= set(names)
+    assert {f"apgd_ce(head={h},steps=50)" for h in "ab"} <= set(names)
+    assert "joint_t(steps=20,weights=first)" in names
     sweep = [a for a in headed.attacks if a.spec.spec.sweep]
     assert len(sweep) == 2 * (7 + 2)
     assert all(a.standalone for a in sweep)

@@ -31,6 +31,12 @@ def run(name, scores, y, target=None):
         ("margin", FIVE, 2, None, 1.0),  # wrong by 1
         ("margin", [5.0, 1.0], 0, None, -4.0),
         ("margin_targeted", FIVE, 0, 3, -4.0),
+        ("ce_scaled", [1e-6, 0.0], 0, None, math.log(1 + math.exp(-10))),  # spread 10, whatever it was
+        ("ce_scaled", [-1e6, 1e6], 0, None, 10 + math.log(1 + math.exp(-10))),
+        ("lead", FIVE, 0, 2, -0.25),  # (2 - 3) / (3 - -1)
+        ("lead", FIVE, 3, 0, 0.25),
+        ("lead_enough", FIVE, 0, 2, -0.25),
+        ("lead_enough", FIVE, 3, 0, 0.1),  # enough
         ("dlr", FIVE, 0, None, -0.5),  # (2 - 3) / (3 - 1)
         ("dlr", FIVE, 2, None, 0.5),  # (3 - 2) / (3 - 1)
         ("dlr", [5.0, 1.0], 0, None, -4.0),  # two classes: the margin

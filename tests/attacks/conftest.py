@@ -13,8 +13,9 @@ from arena.attack import IteratedAttack, Setup
 from arena.engine import Outcome, run_iterated
 from arena.plugins import registry
 from arena.rng import Stream
+from arena.selection import Select
 from arena.specs import complete, load
-from arena.surface import Head, Surface
+from arena.surface import Gate, Head, Knob, Selection, Surface
 from arena.target import Target
 from arena.threat import Threat
 
@@ -39,6 +40,37 @@ class Curved(nn.Module):
 
 
 HEADED = Surface(heads={"early": Head("early")})
+
+
+class Rich(nn.Module):
+    """A small smooth network with a head, a mask chosen by it, a gate between two ways, and a knob; random weights."""
+
+    def __init__(self, shape: tuple[int, int, int], classes: int, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.conv = nn.Conv2d(shape[0], 8, 3, padding=1)
+        self.early = nn.Linear(8, classes)
+        self.select = Select()
+        self.gate = nn.Sequential(nn.Linear(8, 1), nn.Sigmoid(), nn.Flatten(0))
+        self.one, self.two = nn.Linear(8, classes), nn.Linear(8, classes)
+        self.tau = 0.5
+        for p in self.parameters():
+            with torch.no_grad():
+                p.copy_(torch.randn(p.shape, generator=generator) / max(p[0].numel(), 1) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(2 * self.conv(x - 0.5)).mean((2, 3))
+        hidden = hidden * (1 + self.select(self.early(hidden), self.early.weight))
+        w = self.gate(hidden).unsqueeze(1)
+        return torch.tanh((w * self.one(hidden) + (1 - w) * self.two(hidden)) / self.tau)
+
+
+RICH = Surface(
+    heads={"early": Head("early")},
+    gates={"gate": Gate("gate")},
+    selections={"mask": Selection("select", scores="early")},
+    knobs={"tau": Knob("", "tau", values=(3.0,))},
+)
 
 
 def flat(shape: tuple[int, int, int], classes: int, seed: int = 0) -> nn.Sequential:
@@ -112,9 +144,11 @@ def fight():
 
 @pytest.fixture
 def models():
-    """Return the opponents: ``flat`` (linear), ``curved`` (smooth, one head) and the curved one's surface."""
+    """Return the opponents: ``flat`` (linear), ``curved`` (smooth, one head), ``rich`` (all kinds) and surfaces."""
 
     class Models:
+        rich = staticmethod(Rich)
+        full = RICH
         linear = staticmethod(flat)
         curved = staticmethod(Curved)
         headed = HEADED

@@ -17,14 +17,30 @@ SHORT = {
     "apgd_t": {"steps": 9, "targets": 3, "restarts": 2},
     "fab_t": {"steps": 6, "targets": 3, "restarts": 2},
     "square": {"queries": 75, "restarts": 2},
+    "nes": {"steps": 4, "pairs": 5, "restarts": 2},
+    "rays": {"queries": 60},
 }
+#: These need more of a surface than heads.
+SURROGATE = {
+    "gate_pgd": {"steps": 4, "restarts": 2, "b": 2.0, "loss": "margin"},
+    "gate_held": {"steps": 4, "restarts": 2, "value": 0.25},
+    "relaxed": {"steps": 12, "restarts": 2},
+    "forced": {"steps": 9, "targets": 2},
+    "knob": {"steps": 9, "loss": "dlr_targeted", "targets": 2},
+    "joint_t": {"steps": 9, "targets": 2, "weights": "order"},
+    "steer": {"steps": 9, "targets": 2, "restarts": 2},
+}
+SHORT |= SURROGATE
+WAYS = {"tangent": ("Linf", "L2"), "tanh": ("Linf", "L2"), "box": ("L2",)}
 EVERY = [(name, norm) for name in SHORT for norm in ("Linf", "L2") if (name, norm) != ("cw_linf", "L2")]
 
 
 def make(fight, models, name, norm, *, shape=(1, 6, 6), classes=4, eps=None, **keywords):
     eps = eps or {"Linf": "0.02", "L2": "0.08"}[norm]
-    model = models.curved(shape, classes)
-    return fight(name, model, shape=shape, norm=norm, eps=eps, surface=models.headed, **SHORT[name], **keywords)
+    rich = name in SURROGATE
+    model, surface = (models.rich, models.full) if rich else (models.curved, models.headed)
+    keywords = SHORT[name] | keywords
+    return fight(name, model(shape, classes), shape=shape, norm=norm, eps=eps, surface=surface, **keywords)
 
 
 def stepwise(f, rows, stop=None):
@@ -89,6 +105,13 @@ def test_unbroken_rows_cost_exactly_what_passes_says(fight, models, name, norm):
     assert (outcome.backwards == f.attack.passes()[1]).all()
 
 
+@pytest.mark.parametrize("name", SHORT)
+def test_for_random_models_the_bound_on_forwards_is_exact_too(fight, models, name):
+    f = make(fight, models, name, "Linf", eps="1/1000000", n=5)
+    outcome = f.run(draws=3)
+    assert (outcome.forwards == outcome.most).all()
+
+
 @pytest.mark.parametrize(("name", "norm"), EVERY)
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
@@ -120,10 +143,16 @@ class Trap(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("name", "norm"), [e for e in EVERY if e[0] != "lambda_pgd" and "early" not in SHORT[e[0]].values()]
+    ("name", "norm"),
+    [e for e in EVERY if e[0] not in ("lambda_pgd", *SURROGATE) and "early" not in SHORT[e[0]].values()],
 )
 def test_a_planted_adversarial_is_found_and_the_row_leaves_at_once(fight, name, norm):
-    longer = {"fgsm": {"random_start": False}, "square": {"queries": 500}}
+    longer = {
+        "fgsm": {"random_start": False},
+        "square": {"queries": 500},
+        "rays": {"queries": 400},
+        "nes": {"pairs": 16, "steps": 20},
+    }
     options = SHORT[name] | longer.get(name, {"steps": 12})
     eps = {"Linf": "0.2", "L2": "0.8"}[norm]
     f = fight(name, Trap(), shape=(1, 4, 4), norm=norm, eps=eps, low=0.4, high=0.5, n=9, **options)
@@ -151,3 +180,28 @@ def test_gradients_that_are_no_numbers_do_no_harm(fight, name, norm):
     outcome = f.run()
     assert torch.isfinite(outcome.x_adv).all()
     assert f.threat.inside(f.x, outcome.x_adv).all()
+
+
+@pytest.mark.parametrize(("way", "norm"), [(way, norm) for way, norms in WAYS.items() for norm in norms])
+def test_ways_to_step_keep_the_laws(fight, models, way, norm):
+    f = make(fight, models, "pgd", norm, n=11, way=way, shape=(2, 5, 3))
+    f.x[::2, :, 0] = 0.0
+    whole = f.run()
+    assert f.threat.inside(f.x, whole.x_adv).all()
+    assert not torch.equal(whole.x_adv, make(fight, models, "pgd", norm, n=11, shape=(2, 5, 3)).run().x_adv)
+    for k in (0, 7):
+        assert torch.equal(f.run(torch.tensor([k])).x_adv[0], whole.x_adv[k])
+    planted = fight(
+        "pgd",
+        Trap(),
+        shape=(1, 4, 4),
+        norm=norm,
+        eps={"Linf": "0.2", "L2": "0.8"}[norm],
+        low=0.4,
+        high=0.5,
+        n=9,
+        steps=12,
+        way=way,
+    )
+    if way != "tangent":  # the trap is brightness, which a tangential step never climbs
+        assert planted.broken(planted.run()).all()

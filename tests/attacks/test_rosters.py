@@ -4,10 +4,12 @@ import sys
 
 import pytest
 
+from arena.attack import Setup
 from arena.errors import ArenaError
 from arena.plugins import registry
+from arena.rng import Stream
 from arena.specs import complete, expand, load
-from arena.surface import Head, Surface
+from arena.surface import Gate, Head, Knob, Selection, Surface
 from arena.threat import Threat
 
 LINF = Threat.parse("Linf", "8/255")
@@ -43,19 +45,45 @@ def test_other_norms_are_refused_in_one_line(name, norm):
         entries(name, threat=Threat.parse(norm, "5"))
 
 
-def test_adaptive_without_heads_is_restarts_and_other_losses():
+def names(made):
+    return [a for a, _ in made]
+
+
+def test_adaptive_without_a_surface_is_a_look_targets_restarts_and_other_losses_and_ways():
     made = entries("adaptive")
-    assert [(a, o.get("loss"), o["restarts"]) for a, o in made] == [
-        ("pgd", "margin", 5),
-        ("apgd_dlr", None, 1),
-        ("pgd", "ce", 5),
+    assert [(a, o.get("loss"), o.get("way"), o.get("restarts")) for a, o in made] == [
+        ("apgd_ce", None, None, 1),
+        ("apgd_t", None, None, 1),
+        ("pgd", "margin", "plain", 5),
+        ("apgd_dlr", None, None, 1),
+        ("pgd", "ce", "plain", 5),
+        ("pgd", "ce_scaled", "tangent", 1),
+        ("pgd", "ce_scaled", "tanh", 1),
     ]
 
 
-def test_adaptive_sweeps_lambda_and_attacks_every_head():
-    surface = Surface(heads={"one": Head("a"), "two": Head("b")})
-    made = entries("adaptive", surface)
-    sweep = [o for a, o in made if a == "lambda_pgd"]
+HEADS = {"one": Head("a"), "two": Head("b")}
+FULL = Surface(
+    heads=HEADS,
+    gates={"gate": Gate("g")},
+    selections={"mask": Selection("m", scores="one")},
+    knobs={
+        "tau": Knob("k", "tau", values=(0.5, 2.0)),
+        "held": Knob("g", "constant", "constant", (0.0, 1.0)),
+        "silent": Knob("k", "other"),
+    },
+)
+
+
+def test_adaptive_flips_the_first_head_early_and_ends_with_heads_as_classifiers():
+    made = entries("adaptive", Surface(heads=HEADS))
+    assert names(made)[:2] == ["apgd_ce", "joint_t"]
+    assert made[1][1]["weights"] == "first"
+    assert [(a, o["head"]) for a, o in made[-3:]] == [("apgd_ce", "one"), ("apgd_ce", "two"), ("apgd_t", "two")]
+
+
+def test_adaptive_sweeps_lambda():
+    sweep = [o for a, o in entries("adaptive", Surface(heads=HEADS)) if a == "lambda_pgd"]
     for loss in ("ce", "margin"):
         rows = [(o["lam"], o["head"]) for o in sweep if o["loss"] == loss]
         assert rows == [
@@ -64,9 +92,56 @@ def test_adaptive_sweeps_lambda_and_attacks_every_head():
             (math.inf, "two"),
         ]
     assert {o["steps"] for o in sweep} == {20}
-    heads = [(a, o["head"], o["steps"]) for a, o in made if o.get("head") in surface.heads and a != "lambda_pgd"]
-    assert heads == [("apgd_ce", "one", 100), ("apgd_ce", "two", 100), ("apgd_t", "one", 100), ("apgd_t", "two", 100)]
-    assert made[-3:] == entries("adaptive")
+
+
+def test_adaptive_holds_gates_and_sweeps_afas_ratios_to_both_ends():
+    made = entries("adaptive", Surface(gates={"gate": Gate("g")}))
+    assert [o["value"] for a, o in made if a == "gate_held"] == [0, 0.25, 0.5, 0.75, 1]
+    ratios = [(10, 1), (5, 1), (2, 1), (1, 1), (1, 2), (1, 5), (1, 10)]
+    assert [(o["a"], o["b"], o["to"]) for a, o in made if a == "gate_pgd"] == [
+        (a, b, to) for to in ("clean", "other") for a, b in ratios
+    ]
+    assert registry().get("attack", "gate_pgd").spec.standalone
+    mask = entries("adaptive", Surface(gates={"mask": Gate("g", shape="element")}))
+    assert [o["to"] for a, o in mask if a == "gate_pgd"] == ["clean", "other"]
+
+
+def test_adaptive_relaxes_choices_and_forces_those_a_head_scores():
+    made = entries("adaptive", Surface(heads=HEADS, selections={"mask": Selection("m")}))
+    assert [o["kind"] for a, o in made if a == "relaxed"] == ["soft", "straight_through"]
+    assert "forced" not in names(made)
+    full = entries("adaptive", FULL)
+    assert "forced" in names(full)
+    assert [o["steps"] for a, o in full if a == "joint_t" and o["weights"] == "first"] == [20, 100]
+    foreign = entries("adaptive", Surface(heads=HEADS, selections={"mask": Selection(scores="one")}))
+    assert not {"relaxed", "forced"} & set(names(foreign))
+
+
+def test_adaptive_turns_each_knob_but_those_that_hold_a_gate():
+    made = entries("adaptive", FULL)
+    assert [(o["knob"], o["value"], o["loss"]) for a, o in made if a == "knob"] == [
+        ("tau", "0.5", "ce"),
+        ("tau", "2", "ce"),
+        ("", "", "dlr_targeted"),
+    ]
+
+
+def test_adaptive_on_a_random_model_is_short():
+    surface = Surface(knobs={"on": Knob("", "on", "constant", (False, True))}, random=True)
+    made = entries("adaptive", surface)
+    assert [(a, o.get("value")) for a, o in made] == [("knob", "true"), ("apgd_ce", None), ("pgd", None)]
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_all_that_adaptive_names_can_be_made(norm, classes):
+    """No attack of the roster refuses the surface it was generated from."""
+    threat = Threat.parse(norm, "0.1")
+    for surface in (FULL, Surface(), Surface(heads=HEADS), Surface(gates=FULL.gates), Surface(knobs=FULL.knobs)):
+        for name, options in entries("adaptive", surface, threat, classes):
+            setup = Setup(threat, classes, surface, (1, 4, 4), Stream.of(0, name))
+            attack = load(registry().get("attack", name).spec.iterate)(setup, **options)
+            assert attack.passes()[0] > 0
 
 
 def test_the_sweep_stands_alone_and_shares_a_minimum():
