@@ -28,7 +28,7 @@ CHEATS = Path(__file__).parent / "packages" / "cheats"
 sys.path.insert(0, str(CHEATS))
 import arena_cheats  # noqa: E402
 
-GO = Running(device="cpu")
+GO = Running(device="cpu", audit="none")
 
 
 @pytest.fixture
