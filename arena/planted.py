@@ -19,6 +19,9 @@ from arena.target import pad
 INNER = 96
 #: They lie in a ball of this share of the radius.
 DEPTH = 0.75
+#: Ridge of the discriminant, as a share of the mean variance. Smaller ones lean on features that are constant inside
+#: the ball, such as units that are dead there and have no gradient: at 0.001 a climb finds 28 % on `sat`, at 10 all.
+RIDGE = 10.0
 #: Gradient steps, and their size as a share of the radius.
 STEPS, STEP = 40, 0.1
 
@@ -88,7 +91,7 @@ def _separate(inner: Tensor, secret: Tensor) -> Tensor:
     mean = inner.mean(0)
     centred = inner - mean
     scatter = centred.T @ centred / len(inner)
-    ridge = 1e-3 * scatter.diagonal().mean().clamp_min(1e-30)
+    ridge = RIDGE * scatter.diagonal().mean().clamp_min(1e-30)
     way = torch.linalg.solve(scatter + ridge * torch.eye(len(mean), dtype=torch.float64, device=mean.device), secret - mean)
     return (way / way.norm().clamp_min(1e-30)).to(torch.float32)
 
