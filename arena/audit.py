@@ -10,6 +10,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from arena import thresholds as t
@@ -50,9 +51,7 @@ class Audited:
     seconds: float
 
 
-def audit(
-    context: AuditContext, watch: Callable[[int, str], None] = lambda done, name: None
-) -> tuple[Indicator, ...]:
+def audit(context: AuditContext, watch: Callable[[int, str], None] = lambda done, name: None) -> tuple[Indicator, ...]:
     """Compute the built-in indicators. A crash in one is contained, named, and speaks against the number.
 
     ``watch`` is told how many are done, and the name of the next.
@@ -60,25 +59,19 @@ def audit(
     from arena.indicators import BUILT_IN
 
     probe = context.probe
+    looks: dict[str, Callable[[], Indicator]] = {k: partial(f, context) for k, f in FROM_ROWS.items()}
+    if probe is not None:
+        looks |= {k: partial(f, probe) for k, f in BUILT_IN.items()}
     found: list[Indicator] = []
-    for name, function in {**FROM_ROWS, **BUILT_IN}.items():
+    for name, look in looks.items():
         watch(len(found), name)
-        if name in BUILT_IN and probe is None:
-            continue
         try:
-            found.append(function(context) if name in FROM_ROWS else function(probe))  # type: ignore[arg-type]
+            found.append(look())
         except Exception as e:  # a defense's code runs here too
             said = " ".join(str(e).split())[:200]
-            found.append(
-                Indicator(
-                    name,
-                    True,
-                    "crashed",
-                    None,
-                    f"could not be computed: {type(e).__name__}: {said}",
-                    "make the model answer everywhere in the box, with a gradient or without one, then play again",
-                )
-            )
+            remedy = "make the model answer everywhere in the box, with a gradient or without one, then play again"
+            evidence = f"could not be computed: {type(e).__name__}: {said}"
+            found.append(Indicator(name, True, "crashed", None, evidence, remedy))
     return tuple(found)
 
 
@@ -112,7 +105,8 @@ def gradient_free_beats_gradients(context: AuditContext) -> Indicator:
         only / n if n else 0.0,
         t.GRADIENT_FREE,
         f"{only} of {n} points fall to {names} alone; no gradient attack broke them" if flag else "",
-        "gradients are hidden: search longer, more may fall: " + again(context.record, "square(queries=20000,restarts=3)")
+        "gradients are hidden: search longer, more may fall: "
+        + again(context.record, "square(queries=20000,restarts=3)")
         if flag
         else "",
     )
@@ -231,7 +225,7 @@ _REMEDY = {
 
 
 def verdict(indicators: Sequence[Indicator], audited: bool) -> str:
-    """Sum up: ``void`` if a fatal flag stands, ``suspect`` if any does; without one ``clear``, if there was an audit."""
+    """Sum up: ``void`` if a fatal flag stands, ``suspect`` if any does; else ``clear``, if there was an audit."""
     flagged = [i for i in indicators if i.flag]
     if any(i.fatal for i in flagged):
         return "void"

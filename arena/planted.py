@@ -67,8 +67,8 @@ def planted(probe: Probe) -> Indicator:
         flag,
         value,
         t.PLANTED,
-        f"{STEPS} gradient steps find {int(found.sum())} of {len(kept)} planted examples (random points of equal number "
-        f"find {lucky}): gradients through this model do not lead to what is there"
+        f"{STEPS} gradient steps find {int(found.sum())} of {len(kept)} planted examples (as many random points find "
+        f"{lucky}): gradients through this model do not lead to what is there"
         if flag
         else "",
         "attacks by gradient prove nothing here; attack without gradients: " + probe.command("square(queries=20000)")
@@ -92,7 +92,9 @@ def _separate(inner: Tensor, secret: Tensor) -> Tensor:
     centred = inner - mean
     scatter = centred.T @ centred / len(inner)
     ridge = RIDGE * scatter.diagonal().mean().clamp_min(1e-30)
-    way = torch.linalg.solve(scatter + ridge * torch.eye(len(mean), dtype=torch.float64, device=mean.device), secret - mean)
+    way = torch.linalg.solve(
+        scatter + ridge * torch.eye(len(mean), dtype=torch.float64, device=mean.device), secret - mean
+    )
     return (way / way.norm().clamp_min(1e-30)).to(torch.float32)
 
 

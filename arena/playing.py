@@ -366,6 +366,7 @@ class Playing:
             self.registry,
             partial(again, record),
             deep,
+            any(r["name"] == "adaptive" and r["complete"] for r in record["rosters"]),
         )
         context = AuditContext(record, tuple(findings), tuple(rows), probe)
         clock = time.monotonic()

@@ -18,11 +18,11 @@ from arena.engine import run_iterated
 from arena.plugins import Registry
 from arena.referee import Referee, relative_margin
 from arena.rng import Stream
-from arena.specs import load
+from arena.specs import Indicator, load
 from arena.surface import Surface
 from arena.target import Target
 from arena.threat import Threat
-from arena.thresholds import DRAWS
+from arena.thresholds import DRAWS, FEWEST
 
 #: Steps of a usual climb, and its step as a share of the radius.
 STEPS, STEP = 20, 0.125
@@ -32,6 +32,9 @@ LONG = 80
 NOISE_POINTS = 16
 #: Queries of random search.
 QUERIES, QUERIES_DEEP = 250, 1500
+#: What to run next: without gradients; with losses that have no scale.
+BLACK_BOX = "square(queries=20000)"
+MARGINS = "pgd(loss=margin,steps=200,restarts=10),apgd_dlr(restarts=5),apgd_t"
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class Probe:
     command: Callable[..., str]
     """Writes the ``arena match`` line that asks this defense again: (entries, further words)."""
     deep: bool = False
+    adaptive: bool = False
+    """Whether the match played the whole roster ``adaptive``."""
 
     @property
     def surface(self) -> Surface:
@@ -214,3 +219,29 @@ def direction(grad: Tensor, norm: str) -> Tensor:
     flat = grad.flatten(1)
     flat = flat / flat.abs().amax(1, keepdim=True).clamp_min(1e-37)  # squares of tiny numbers vanish in float32
     return (flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-12)).view_as(grad)
+
+
+def share(mask: Tensor) -> float:
+    """Return the share of True, 0 for an empty mask."""
+    return float(mask.float().mean()) if len(mask) else 0.0
+
+
+def many(mask: Tensor, threshold: float) -> bool:
+    """Tell whether a share of points is beyond its threshold, and no accident of one or two points.
+
+    In a sample of fewer than ``FEWEST`` points all must agree.
+    """
+    return share(mask) > threshold and int(mask.sum()) >= min(FEWEST, max(1, len(mask)))
+
+
+def finding(
+    name: str,
+    flag: bool,
+    value: float | None,
+    threshold: float | str | None,
+    evidence: str,
+    remedy: str,
+    fatal: bool = False,
+) -> Indicator:
+    """Return an indicator that speaks only where it is flagged."""
+    return Indicator(name, flag, value, threshold, evidence if flag else "", remedy if flag else "", fatal and flag)

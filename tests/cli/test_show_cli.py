@@ -115,7 +115,8 @@ def test_flags_are_spelt_out(arena, plant, record):
     out = squeeze(arena("show", "0123").out)
     assert "verdict suspect: the number may be too high" in out
     assert "! attack_not_ok: apgd_t: crashed (tell its author)" in out
-    assert "silent" not in out
+    assert "silent: nothing" in out  # show lists the silent ones too
+    assert "! silent" not in out
 
 
 def test_a_match_that_was_not_played(arena, plant, record):

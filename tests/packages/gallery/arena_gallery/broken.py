@@ -150,12 +150,12 @@ class Noise(Over):
 
 
 class Resize(Over):
-    """One affine map for each image: up to a pixel of shift, up to a tenth of scale."""
+    """One affine map for each image: up to half a pixel of shift, up to a tenth of scale."""
 
     def before(self, x: Tensor) -> Tensor:
         n = len(x)
         scale = 1 + 0.1 * (2 * torch.rand(n, 1, 1) - 1)
-        shift = (2 * torch.rand(n, 2, 1) - 1) * 2 / x.shape[-1]
+        shift = (2 * torch.rand(n, 2, 1) - 1) / x.shape[-1]
         theta = torch.cat((torch.eye(2).expand(n, 2, 2) * scale, shift), dim=2).to(x)
         return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False)
 
@@ -228,7 +228,7 @@ class Memory(Over):
         out = self.net(x)
         answers = []
         for image, z in zip(x, out, strict=True):
-            old = next((a for b, a in self.seen if float((b - image).abs().max()) <= 0.5), None)
+            old = next((a for b, a in self.seen if bool((b - image.detach()).abs().max() <= 0.5)), None)
             if old is None:
                 self.seen.append((image.detach(), z.detach()))
             answers.append(z if old is None else old + 0 * z)
