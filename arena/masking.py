@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from arena import thresholds as t
-from arena.probing import BLACK_BOX, MARGINS, NOISE_POINTS, STEPS, Probe, direction, finding, many, share
+from arena.probing import BLACK_BOX, LONG, MARGINS, NOISE_POINTS, STEPS, Points, Probe, direction, finding, many, share
 from arena.specs import Indicator
 
 
@@ -109,11 +109,18 @@ def noise_beats_gradient(probe: Probe) -> Indicator:
 
 
 def search_beats_gradient(probe: Probe) -> Indicator:
-    """Compare short random search with gradient steps on the same points."""
+    """Compare short random search with gradient steps, short and then long ones, on the same points."""
     found = probe.searched
     if found is None:
         return Indicator("search_beats_gradient", False, evidence="not looked at: random search is not available here")
     only = found & ~probe.by_gradient
+    rows = only.nonzero().squeeze(1)
+    if len(rows):  # a short climb may just be short
+        s = probe.sample
+        some = Points(s.x[rows], s.y[rows], s.index[rows])
+        for objective in ("margin", "ce"):
+            climb = probe.climb(some, probe.threat, objective, LONG, 3.0 / LONG, probe.noise(some, 0))
+            only[rows] &= ~climb.broken
     flag = many(only, t.BLACK_BOX)
     return finding(
         "search_beats_gradient",

@@ -194,12 +194,12 @@ class HardMask(nn.Module):
 
 
 class Detector(Over):
-    """Clean digits lie on a grid of 17 grey levels; what does not goes to the network behind a coarse threshold."""
+    """Clean digits lie, up to rounding, on a grid of 17 grey levels; what does not goes to the network behind a coarse threshold."""
 
     LEVELS = 16
 
     def forward(self, x: Tensor) -> Tensor:
-        off = (x * self.LEVELS - (x * self.LEVELS).round()).abs().flatten(1).amax(1) > 1e-3
+        off = (x * self.LEVELS - (x * self.LEVELS).round()).abs().flatten(1).amax(1) > 0.05
         return torch.where(off.view(-1, 1), self.net((x > 0.5).to(x.dtype)), self.net(x))
 
 
