@@ -29,6 +29,9 @@ sys.path.insert(0, str(Path(__file__).parent / "packages" / "gallery"))
 from arena_gallery import MEMBERS, broken
 
 
+REGISTRY = discover()
+
+
 @pytest.fixture(scope="module")
 def base():
     """A small smooth network that knows digits, and test points that it knows."""
@@ -62,7 +65,7 @@ class Wrapped(nn.Module):
         return self.model(self.before(x))
 
 
-def probe(base, build=None, eps="0.1", norm="Linf", surface=None, standing=None, adaptive=False):
+def probe(base, build=None, eps="0.1", norm="Linf", surface=None, standing=None):
     model, points = base
     build = build or (lambda: model)
     threat, surface = Threat.parse(norm, eps), surface or Surface()
@@ -70,9 +73,7 @@ def probe(base, build=None, eps="0.1", norm="Linf", surface=None, standing=None,
     referee = Referee(build(), threat, surface.random)
     stream = Stream.of(0, "audit")
     held = points if standing is None else standing
-    return Probe(
-        target, referee, build, threat, points, held, stream, discover(), lambda vs: f"arena match m --vs {vs}"
-    )
+    return Probe(target, referee, build, threat, points, held, stream, REGISTRY, "arena match m --vs {}".format)
 
 
 class Gradient(torch.autograd.Function):

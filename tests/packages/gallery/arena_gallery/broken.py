@@ -194,7 +194,7 @@ class HardMask(nn.Module):
 
 
 class Detector(Over):
-    """Clean digits lie, up to rounding, on a grid of 17 grey levels; what does not goes to the network behind a coarse threshold."""
+    """Clean digits have 17 grey levels, up to rounding; an image with others is looked at in black and white."""
 
     LEVELS = 16
 
@@ -218,21 +218,25 @@ class BatchStatistics(Over):
 
 
 class Memory(Over):
-    """Answers an image within 0.5 (Linf) of one seen earlier as it answered then."""
+    """Answers an image within 0.5 (Linf) of one seen in an earlier call as it answered then."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__(backbone)
-        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.images: Tensor | None = None
+        self.answers: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.net(x)
-        answers = []
-        for image, z in zip(x, out, strict=True):
-            old = next((a for b, a in self.seen if bool((b - image.detach()).abs().max() <= 0.5)), None)
-            if old is None:
-                self.seen.append((image.detach(), z.detach()))
-            answers.append(z if old is None else old + 0 * z)
-        return torch.stack(answers)
+        if self.images is None or self.answers is None:
+            self.images, self.answers = x.detach().clone(), out.detach().clone()
+            return out
+        far = torch.stack([(self.images - row).abs().flatten(1).amax(1) for row in x.detach()])
+        nearest, which = far.min(1)
+        new = nearest > 0.5
+        old = self.answers[which] + 0 * out
+        self.images = torch.cat((self.images, x.detach()[new]))
+        self.answers = torch.cat((self.answers, out.detach()[new]))
+        return torch.where(new.view(-1, 1), out, old)
 
 
 class Pruning(Over):
