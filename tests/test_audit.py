@@ -28,7 +28,6 @@ from arena.threat import Threat
 sys.path.insert(0, str(Path(__file__).parent / "packages" / "gallery"))
 from arena_gallery import MEMBERS, broken
 
-
 REGISTRY = discover()
 
 
