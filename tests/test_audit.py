@@ -257,6 +257,16 @@ def test_one_odd_point_is_no_finding():
     assert not many(torch.zeros(0, dtype=torch.bool), 0.05)
 
 
+def test_the_planted_readout_is_fishers():
+    generator = torch.Generator().manual_seed(0)
+    inner, secret = torch.randn(30, 7, generator=generator), torch.randn(7, generator=generator)
+    centred = (inner - inner.mean(0)).double()
+    scatter = centred.T @ centred / 30
+    ridge = planting.RIDGE * scatter.diagonal().mean() * torch.eye(7)
+    way = torch.linalg.solve(scatter + ridge, (secret - inner.mean(0)).double())
+    assert torch.allclose(planting._separate(inner, secret).double(), way / way.norm(), atol=1e-6)
+
+
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_a_tiny_gradient_still_has_a_direction(norm):
     grad = torch.tensor([3e-30, -4e-30]).view(1, 1, 1, 2)
