@@ -18,6 +18,7 @@ from arena.referee import exact
 from arena.specs import Indicator
 from arena.surface import Reader, Surface, selects, submodule
 from arena.target import pad
+from arena.unread import Finding, unread
 
 #: Images of the probe.
 PROBE = 32
@@ -27,6 +28,10 @@ DRIFT = 1e-5
 NEIGHBOUR_TOLERANCE = 1e-4
 #: Passes of the probe over which a model must stay as it is.
 REPEATS = 6
+#: Remedy for learned parts that the surface leaves out.
+DECLARE = (
+    "declare them on the surface, or in a file for --surface ([heads.NAME] path = ...), so that attacks may use them"
+)
 
 
 def state_hash(model: nn.Module) -> str:
@@ -47,7 +52,7 @@ def changed_parts(model: nn.Module, before: dict[str, Tensor]) -> str:
     names += [k for k in now if k not in before]
     if any(m.training for m in model.modules()):
         names.append("the training flag")
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return _list(names)
 
 
 def check_defense(
@@ -59,7 +64,7 @@ def check_defense(
 
     Rules: deterministic unless declared random; a row's logits do not depend on its neighbours; eval mode, parameters
     and buffers unchanged by queries; logits, not probabilities; a gradient with respect to the image exists; the
-    declared surface can be read.
+    declared surface can be read, and leaves out no learned part.
 
     Raises:
         ArenaError: the model cannot be called on such images, or returns no (N, K) float tensor, or its surface does
@@ -99,7 +104,7 @@ def check_defense(
             fatal=not same,
         )
     )
-    return logits.shape[1], found
+    return logits.shape[1], [*found, *_unread(model, surface, x, logits.shape[1])]
 
 
 def _first(model: nn.Module, x: Tensor, n_classes: int) -> Tensor:
@@ -240,3 +245,53 @@ def _gradient(model: nn.Module, surface: Surface, x: Tensor, y: Tensor) -> Indic
         if why
         else "",
     )
+
+
+def _unread(model: nn.Module, surface: Surface, x: Tensor, n_classes: int) -> list[Indicator]:
+    """Name learned parts that the surface leaves out.
+
+    Undeclared scores and choices are a flag: attacks cannot use them. Parameters on which nothing depends at test time
+    are none: they give an attacker nothing either.
+    """
+    try:
+        found = unread(model, surface, x, n_classes)
+    except Exception as e:  # a model that takes no hooks, say: a doubt about the model is no reason to stop
+        said = f"not checked: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+        return [Indicator(name, False, evidence=said) for name in ("undeclared_parts", "unread_parameters")]
+    hidden = [f for f in found if f.kind != "parameters"]
+    idle = [f for f in found if f.kind == "parameters"]
+    numbers = sum(f.numbers for f in idle)
+    return [
+        Indicator(
+            "undeclared_parts",
+            bool(hidden),
+            len(hidden),
+            0,
+            _list([_told(f) for f in hidden]),
+            DECLARE if hidden else "",
+        ),
+        Indicator(
+            "unread_parameters",
+            False,
+            numbers,
+            None,
+            f"{numbers} parameters change no logits and nothing that is declared: {_list([f.path for f in idle])}"
+            if idle
+            else "",
+        ),
+    ]
+
+
+def _told(finding: Finding) -> str:
+    if finding.kind == "selection":
+        return f"'{finding.path}' is a Select and no declared selection"
+    call = f" (call {finding.call})" if finding.call else ""
+    part = "" if finding.output is None else f" (output {finding.output!r})"
+    return (
+        f"'{finding.path}'{call}{part} gives learned scores of the classes and is no declared head: on "
+        f"{finding.agrees:.0%} of the probe they name the class that the logits do"
+    )
+
+
+def _list(texts: list[str]) -> str:
+    return ", ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")

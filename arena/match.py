@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +16,8 @@ from arena.playing import Playing
 from arena.plugins import Registry
 from arena.question import Question, Running
 from arena.store import open_store
-from arena.threads import one_thread
+from arena.threads import one_thread, small
 from arena.watch import Watch
-
-#: Models and images up to which a match on the CPU runs on one thread: parameters, numbers an image.
-SMALL_MODEL, SMALL_IMAGE = 1_000_000, 256
 
 
 @dataclass(frozen=True)
@@ -59,10 +55,7 @@ def play(question: Question, running: Running, registry: Registry, watch: Watch)
         if again:
             journal.mark("replay")
         match = Playing(arranged, replace(running, device=device), registry, contender, journal, watch)
-        small = (
-            device == "cpu" and contender.parameters <= SMALL_MODEL and math.prod(arranged.images.shape) <= SMALL_IMAGE
-        )
-        with one_thread(small):  # changes no outcome
+        with one_thread(small(device, contender.parameters, arranged.images.shape)):  # changes no outcome
             record, outcomes = match.run()
         store.put(arranged.key, record, outcomes)
         journal.clear()

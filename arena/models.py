@@ -10,6 +10,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,23 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arena import entries
+from arena import entries, trace
 from arena.backbones import DatasetInfo
 from arena.checkpoints import load_weights, model_id, read_weights, snapshot
 from arena.contender import Contender, count, digest, seeded
 from arena.datasets import Images, describe
+from arena.distributed import World
 from arena.errors import ArenaError, PluginError
 from arena.home import atomic_write, home, lock
 from arena.plugins import Registered, Registry
+from arena.schedule import Schedule
 from arena.specs import BackboneSpec, DatasetSpec, DefenseSpec, Preset, Value, canonical, chosen, complete, load, text
 from arena.surface import Surface, surface_from_toml
 from arena.threat import Threat
 from arena.training import Fitted, Stage, fit, seed_of, supports
 from arena.usermodels import OwnPlan, hash_file, is_own, plan_own
 from arena.watch import Watch
-
-#: Precision of training; part of the training key.
-PRECISION = "fp32"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,10 @@ class TrainedPlan:
     images: Images
     train_seed: int
     threat: Threat
+    schedule: Schedule
+    """What was asked for beyond the preset; part of the training key."""
     preset: Preset | None
+    """The settings that result, or None: there are none for this data set."""
     stages: Sequence[Stage]
     checkpoint: Path | None
     surface: Surface | None
@@ -95,14 +98,24 @@ class TrainedPlan:
             words += ["--norm", self.threat.norm, "--eps", self.threat.eps]
         if self.train_seed:
             words += ["--train-seed", str(self.train_seed)]
-        return shlex.join(words)
+        return shlex.join(words + self.schedule.flags())
 
     def cached(self) -> bool:
         """Tell whether a finished training is in the cache."""
         return (self.folder / "model.json").exists()
 
-    def obtain(self, *, train: bool, retrain: bool, device: str, watch: Watch) -> Contender:
+    def obtain(
+        self,
+        *,
+        train: bool,
+        retrain: bool,
+        device: str,
+        watch: Watch,
+        world: World | None = None,
+    ) -> Contender:
         """Return the model: the checkpoint's, the cached one, or a newly trained one where ``train`` allows it.
+
+        Of the processes of a ``world``, which train together, the first writes.
 
         Raises:
             ArenaError: no trained model and ``train`` is false (the message holds the ``arena train`` line), another
@@ -110,39 +123,41 @@ class TrainedPlan:
         """
         if self.checkpoint is not None:
             weights = read_weights(self.checkpoint)
-            trained: dict[str, Any] = {
-                "weights": "checkpoint",
-                "checkpoint": self.checkpoint.name,
-                "sha256": hash_file(self.checkpoint),
-            }
+            sha256 = hash_file(self.checkpoint)
+            trained = {"weights": "checkpoint", "checkpoint": self.checkpoint.name, "sha256": sha256}
+            trained |= _beside(self.checkpoint, sha256)
             return self._contender(weights, trained, f"checkpoint '{self.checkpoint}' for '{self.name}'")
         if retrain or not self.cached():
             if not train:
                 raise ArenaError(
                     f"no trained model of '{self.name}' for data set '{self.dataset}'; train it with: {self.command}"
                 )
-            with lock(f"model-{self.training_key[:16]}"):
-                if retrain and self.cached():  # else an earlier retraining was stopped, and goes on
-                    for name in ("model.json", "resume.pt"):
+            world = world or World()
+            with lock(f"model-{self.training_key[:16]}") if world.first else nullcontext():
+                if world.first and retrain and self.cached():  # else an earlier retraining was stopped, and goes on
+                    for name in ("model.json", trace.STATE):
                         (self.folder / name).unlink(missing_ok=True)
+                world.wait()
                 if not self.cached():
-                    self._train(train=train, device=device, watch=watch)
+                    self._train(train=train, device=device, watch=watch, world=world)
+                world.wait()
         record = self._record()
         return self._contender(self._stored(record), record["trained"], f"model '{self.name}' in {self.folder}")
 
-    def _train(self, *, train: bool, device: str, watch: Watch) -> None:
+    def _train(self, *, train: bool, device: str, watch: Watch, world: World) -> None:
         if self.preset is None:
             known = ", ".join(sorted(self.defense.spec.presets)) or "none"
             raise ArenaError(
                 f"defense '{self.name}' has no training preset for data set '{self.spec.name}' (it has: {known}); "
-                "give its weights with --checkpoint"
+                "train it by another's with 'arena train --preset', or give weights with --checkpoint"
             )
 
         def start(text: str) -> Mapping[str, Tensor]:
-            return self.starts[text].obtain(train=train, retrain=False, device=device, watch=watch).weights
+            other = self.starts[text]
+            return other.obtain(train=train, retrain=False, device=device, watch=watch, world=world).weights
 
-        for other in self.starts.values():
-            other.obtain(train=train, retrain=False, device=device, watch=watch)
+        for other in self.starts:
+            start(other)
         where = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         model = self._make()
         fitted = fit(
@@ -158,7 +173,11 @@ class TrainedPlan:
             device=torch.device(where),
             watch=watch,
             start=start,
+            schedule=self.schedule,
+            world=world,
         )
+        if not world.first:
+            return
         natural = fitted.best.get("natural")
         if natural is not None and near_chance(natural, self.images.n_classes):
             watch.say(
@@ -180,7 +199,7 @@ class TrainedPlan:
             "history": fitted.history,
         }
         atomic_write(self.folder / "model.json", json.dumps(record, indent=1).encode())
-        (self.folder / "resume.pt").unlink(missing_ok=True)
+        (self.folder / trace.STATE).unlink(missing_ok=True)
 
     def _trained(self, fitted: Fitted, device: str) -> dict[str, Any]:
         assert self.preset is not None
@@ -197,7 +216,7 @@ class TrainedPlan:
                 "images": fitted.held_out,
                 **{k: fitted.best[k] for k in ("natural", "pgd") if k in fitted.best},
             },
-            "precision": PRECISION,
+            "precision": self.schedule.precision,
             "device": device,
             "threads": fitted.threads,
             "torch": torch.__version__,
@@ -268,6 +287,16 @@ class TrainedPlan:
         return found
 
 
+def _beside(checkpoint: Path, sha256: str) -> dict[str, Any]:
+    """Return how a checkpoint of arena's own was trained, if its record lies beside it and speaks of these weights."""
+    try:
+        record = json.loads((checkpoint.parent / "model.json").read_bytes())
+        name = next((name for name, known in record["files"].items() if known == sha256), None)
+        return {**record["trained"], "weights": name.partition(".")[0]} if name else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
 Plan = TrainedPlan | OwnPlan
 
 
@@ -287,7 +316,7 @@ def plan(
     checkpoint: Path | None,
     surface: Path | None,
     registry: Registry,
-    epochs: int | None = None,
+    schedule: Schedule | None = None,
 ) -> Plan:
     """Check a defense's text and work out its key; trains nothing and reads no weights.
 
@@ -300,7 +329,7 @@ def plan(
         checkpoint: weights to use instead of training.
         surface: TOML file that replaces the declared surface.
         registry: where defenses and backbones are found.
-        epochs: instead of the preset's; part of the key.
+        schedule: how to train, where not as the preset says; part of the key.
 
     Raises:
         ArenaError: unknown defense, backbone or option, bad value, a norm the recipe cannot train under, a missing
@@ -325,9 +354,8 @@ def plan(
     stages = list(load(spec.recipe)(**options))
     if checkpoint is None:
         supports(owner, stages, threat)
-    preset = preset_for(spec, data.name, found.spec.name)
-    if preset is not None and epochs is not None:
-        preset = Preset(**{**asdict(preset), "epochs": epochs})
+    schedule = schedule or Schedule()
+    preset = schedule.choose(owner, spec, data.name, found.spec.name)
     starts: dict[str, TrainedPlan] = {}
     for text_ in dict.fromkeys(s.start_from for s in stages if s.start_from):
         other = plan(
@@ -340,6 +368,7 @@ def plan(
             checkpoint=None,
             surface=None,
             registry=registry,
+            schedule=schedule,
         )
         if isinstance(other, OwnPlan):
             raise PluginError(f"{owner}: a stage starts from '{text_}', expected a registered defense")
@@ -353,8 +382,7 @@ def plan(
             "backbone": f"{found.distribution}/{found.spec.name}",
             "backbone_options": {k: text(v) for k, v in base_options.items()},
             "data": images.sha256,
-            "preset": None if preset is None else asdict(preset),
-            "precision": PRECISION,
+            **schedule.key(preset),
             "train_seed": train_seed,
             "threat": [threat.norm, str(threat.fraction)] if adversarial else None,
             "starts": {k: p.training_key for k, p in starts.items()},
@@ -383,17 +411,10 @@ def plan(
         images=images,
         train_seed=train_seed,
         threat=threat,
+        schedule=schedule,
         preset=preset,
         stages=stages,
         checkpoint=checkpoint,
         surface=None if surface is None else surface_from_toml(surface),
         starts=starts,
     )
-
-
-def preset_for(spec: DefenseSpec, dataset: str, backbone: str) -> Preset | None:
-    """Return a defense's training settings: for data set and backbone, else the data set, else ``*``, else None."""
-    for name in (f"{dataset}/{backbone}", dataset, "*"):
-        if name in spec.presets:
-            return spec.presets[name]
-    return None

@@ -226,6 +226,29 @@ class Preset:
 
 
 @dataclass(frozen=True)
+class Exposed:
+    """The names on a surface, for lists that must not build a model."""
+
+    heads: tuple[str, ...] = ()
+    gates: tuple[str, ...] = ()
+    selections: tuple[str, ...] = ()
+    knobs: tuple[str, ...] = ()
+    random: bool = False
+    """The model draws random numbers at test time."""
+
+    @classmethod
+    def of(cls, surface: Surface) -> Exposed:
+        """Return the names on a surface that a model's ``surface(model)`` made."""
+        return cls(
+            tuple(surface.heads),
+            tuple(surface.gates),
+            tuple(surface.selections),
+            tuple(surface.knobs),
+            surface.random,
+        )
+
+
+@dataclass(frozen=True)
 class DefenseSpec:
     """A defense: feature module x recipe, named ``<module>_<recipe>``; a bare recipe is a defense too.
 
@@ -240,6 +263,8 @@ class DefenseSpec:
     recipe: str
     surface: str | None = None
     """None: nothing beyond the logits."""
+    exposes: Exposed | None = None
+    """What ``surface`` declares with default options on digits, for lists; None: not said."""
     paper: str = ""
     module: str = ""
     """Feature module's name; empty for a bare recipe."""
@@ -257,6 +282,18 @@ class DefenseSpec:
     """Raise it when a change of code changes the trained weights."""
     published: Mapping[str, float] = field(default_factory=dict)
     """Published percentages by column, for display only."""
+    published_on: str = ""
+    """Data set and backbone of the published percentages, and whose paper prints them."""
+
+    @property
+    def recipe_name(self) -> str:
+        """The recipe by the grammar of names: ``sat`` of ``fgaa_sat``; of a bare recipe its own name."""
+        return self.name.removeprefix(f"{self.module}_") if self.module else self.name
+
+    @property
+    def exposed(self) -> Exposed | None:
+        """What the surface declares: nothing without a surface, None where the author does not say."""
+        return Exposed() if self.surface is None else self.exposes
 
 
 @dataclass(frozen=True)

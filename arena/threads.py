@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+
+#: Models and images up to which the CPU works on one thread: parameters, numbers an image. Training's sums then come
+#: out the same on any number of cores, so equal keys mean equal weights.
+SMALL_MODEL, SMALL_IMAGE = 1_000_000, 256
+
+
+def small(device: str, parameters: int, shape: Sequence[int]) -> bool:
+    """Tell whether one thread is enough for a model with so many ``parameters`` on images (C, H, W)."""
+    return device == "cpu" and parameters <= SMALL_MODEL and math.prod(shape) <= SMALL_IMAGE
 
 
 @contextmanager

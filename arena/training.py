@@ -8,43 +8,38 @@ uninterrupted one reaches, without any generator's state on disk.
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arena import trace
+from arena.augment import augment
 from arena.checkpoints import write_weights
 from arena.datasets import Images, stratified, to_float
+from arena.distributed import World
 from arena.errors import ArenaError
-from arena.home import atomic_write
-from arena.inner import ascend, check_norm, evaluating, step_of
+from arena.inner import check_norm
+from arena.schedule import Schedule
 from arena.selection import training_step
 from arena.specs import Preset
 from arena.stages import Context, Stage, Usual
-from arena.surface import Reader, Reading, Surface
-from arena.threads import one_thread
+from arena.surface import Reader, Surface
+from arena.threads import one_thread, small
 from arena.threat import Threat
+from arena.validation import judge, looks, score
 from arena.watch import Watch
 
 __all__ = ["Context", "Fitted", "Stage", "Usual", "fit", "split", "supports"]
 
 #: Share of the training images held out to choose the best epoch.
 HELD_OUT = 0.1
-#: About so many times in a stage is the model judged on the held-out images.
-LOOKS = 20
-#: Rows a pass outside training.
-CHUNK = 512
-#: Parameters up to which training on the CPU runs on one thread. Sums then come out the same on any number of cores, so
-#: equal keys mean equal weights.
-ONE_THREAD = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -100,76 +95,116 @@ def fit(
     device: torch.device,
     watch: Watch,
     start: Callable[[str], Mapping[str, Tensor]] | None = None,
+    schedule: Schedule | None = None,
+    world: World | None = None,
     save_every: float = 5.0,
 ) -> Fitted:
     """Train ``model`` through ``stages`` and leave ``best.safetensors`` and ``last.safetensors`` in ``folder``.
 
-    ``start`` fetches the weights of a defense that a stage starts from. The state to resume from is saved at the end
-    of an epoch, at most every ``save_every`` seconds. Without epochs both files hold the model as it came.
+    Beside them go a log (``arena.trace``) and the state to resume from, which is saved at the end of an epoch, at most
+    every ``save_every`` seconds. ``start`` fetches the weights of a defense that a stage starts from. Of ``schedule``
+    precision and patience are used; its preset and epochs are in ``preset`` already. In a ``world`` of several
+    processes each calls this with the same arguments and its own device. Without epochs both files hold the model as
+    it came.
 
     Raises:
-        ArenaError: the loss is not finite, or the data set or norm cannot be trained on.
+        ArenaError: the loss is not finite, or the data set, norm or precision cannot be trained with.
     """
+    schedule, world = schedule or Schedule(), world or World()
     supports(name, stages, threat)
+    _precision(name, stages, schedule.precision)
+    little = small(device.type, sum(p.numel() for p in model.parameters()), images.shape)
     model.to(device)
+    if not little:
+        model.to(memory_format=torch.channels_last)
     train, held = split(images.y_train)
     data = _Data(*(t.to(device) for t in (images.x_train[train], images.y_train[train])))
     check = _Data(*(t.to(device) for t in (images.x_train[held], images.y_train[held])))
     totals = [stage.epochs(preset) for stage in stages]
-    state = _resume(folder)
+    state = trace.resume(folder)
+    world.wait()  # until every process has read it
     history: list[dict[str, Any]] = state["history"] if state else []
     best: dict[str, Any] = state["best"] if state else {}
-    done, offset = len(history), 0
+    log = trace.Log.open(folder, history)
     spent, begun, saved = float(state["seconds"]) if state else 0.0, time.monotonic(), time.monotonic()
     watch.phase(f"train {name}", sum(totals), "epochs")
     if state:
         model.load_state_dict(state["model"])
-        watch.advance(done, "resumed")
+        watch.advance(len(history), "resumed")
     modes = [(p, p.requires_grad) for p in model.parameters()]
+    precise = schedule.precision == "fp32"
     try:
-        with Reader(model, surface) as read, _own_randomness(device), one_thread(_small(model, device)) as threads:
+        with Reader(model, surface) as read, _own_randomness(device, precise), one_thread(little) as threads:
             for s, (stage, total) in enumerate(zip(stages, totals, strict=True)):
-                offset, before = offset + total, offset
-                if before + max(total, 1) <= done:
+                mine = [h for h in history if h["stage"] == s]
+                if any(h["stage"] > s for h in history) or (mine and (len(mine) >= total or mine[-1].get("stopped"))):
                     continue  # finished in an earlier sitting
-                if done <= before:
+                if not mine:
                     _begin(model, stage, start)
                     best = {}
                 optimizers: list[torch.optim.Optimizer] = []
-                for epoch in range(max(done - before, 0), total):
+                for epoch in range(len(mine), total):
+                    clock = time.monotonic()
                     generator = _seed_epoch(device, train_seed, s, epoch)
                     own = settings(stage, preset)
                     ctx = Context(own, threat, images.n_classes, surface, read, generator, epoch)
                     if not optimizers:
                         _freeze(model, stage)
                         optimizers = stage.optimizers(model, ctx)
-                        if state and done > before:
+                        if state and mine:
                             for optimizer, old in zip(optimizers, state["optimizers"], strict=True):
                                 optimizer.load_state_dict(old)
-                    losses = _epoch(model, stage, ctx, optimizers, data, total, name)
+                    passing = nullcontext if precise else _bf16(device)
+                    losses = _epoch(model, stage, ctx, optimizers, data, total, name, world, passing)
+                    took = time.monotonic() - clock
                     entry: dict[str, Any] = {"stage": s, "epoch": epoch + 1, **losses}
-                    if _looks(epoch, total):
-                        entry |= judge(model, read, ctx, check, adversarial=stage.adversarial)
-                        if not best or _score(entry) >= _score(best):
+                    if looks(epoch, total):
+                        entry |= judge(model, read, ctx, check.x, check.y, adversarial=stage.adversarial, world=world)
+                        if not best or score(entry) >= score(best):
                             best = entry
-                            write_weights(folder / "best.safetensors", model.state_dict())
+                            if world.first:
+                                write_weights(folder / "best.safetensors", model.state_dict())
                     history.append(entry)
-                    watch.advance(len(history), _note(entry, best))
-                    if time.monotonic() - saved >= save_every:
-                        _save(folder, model, optimizers, history, best, spent + time.monotonic() - begun)
-                        saved = time.monotonic()
+                    if schedule.patience and _looks_since(best, history, s) >= schedule.patience:
+                        entry["stopped"] = True
+                    if world.first:
+                        lr = optimizers[0].param_groups[0]["lr"]
+                        log.add({**entry, "lr": lr, "seconds": took, "images_per_second": len(data.y) / took})
+                        watch.advance(len(history), _note(entry, best))
+                        if time.monotonic() - saved >= save_every:
+                            log.write()
+                            elapsed = spent + time.monotonic() - begun
+                            trace.save(folder, model, optimizers, history, best, elapsed)
+                            saved = time.monotonic()
+                    if entry.get("stopped"):
+                        watch.say(f"stopped after {epoch + 1} of {total} epochs: no better since epoch {best['epoch']}")
+                        break
     finally:
         for p, mode in modes:
             p.requires_grad_(mode)
     model.eval()
-    write_weights(folder / "last.safetensors", model.state_dict())
-    if not best:
-        write_weights(folder / "best.safetensors", model.state_dict())
+    if world.first:
+        log.write()
+        write_weights(folder / "last.safetensors", model.state_dict())
+        if not best:
+            write_weights(folder / "best.safetensors", model.state_dict())
+    world.wait()
     return Fitted(history, best, spent + time.monotonic() - begun, len(held), threads)
 
 
-def _small(model: nn.Module, device: torch.device) -> bool:
-    return device.type == "cpu" and sum(p.numel() for p in model.parameters()) <= ONE_THREAD
+def _precision(name: str, stages: Sequence[Stage], precision: str) -> None:
+    """Refuse mixed precision for gradients of gradients: what a loss says of their direction is lost in 8 bits."""
+    if precision != "fp32" and any(getattr(stage, "second_order", False) for stage in stages):
+        raise ArenaError(f"--precision {precision}: '{name}' differentiates gradients, which takes fp32")
+
+
+def _looks_since(best: Mapping[str, Any], history: Sequence[Mapping[str, Any]], stage: int) -> int:
+    """Count the looks of a stage after its best one."""
+    return sum(h["stage"] == stage and h["epoch"] > best["epoch"] and "natural" in h for h in history)
+
+
+def _bf16(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    return lambda: torch.autocast(device.type, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -179,12 +214,12 @@ class _Data:
 
 
 @contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
-    """Leave the caller's global generators untouched; on a GPU also ask for repeatable, full-precision kernels."""
+def _own_randomness(device: torch.device, precise: bool) -> Iterator[None]:
+    """Leave the caller's global generators untouched; on a GPU in fp32 also ask for repeatable kernels without TF32."""
     cuda = [device.index or 0] if device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=cuda),
-        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+        torch.backends.cudnn.flags(enabled=True, benchmark=not precise, deterministic=precise, allow_tf32=not precise),
     ):
         yield
 
@@ -231,33 +266,43 @@ def _epoch(
     data: _Data,
     total: int,
     name: str,
+    world: World,
+    passing: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, float]:
     """Pass once over the data; returns the mean of each loss term."""
     model.train()
     preset, n = ctx.preset, len(data.y)
     batches = list(torch.randperm(n, generator=ctx.generator, device=ctx.generator.device).split(preset.batch))
-    if len(batches) > 1 and len(batches[-1]) < 8:
+    if len(batches) > 1 and len(batches[-1]) < 8 * world.size:
         batches.pop()  # too few rows for batch statistics
+    if not world.first:  # the batches are everyone's, the noise on them each one's own
+        torch.manual_seed(seed_of(torch.initial_seed(), world.rank))
+        ctx.generator.manual_seed(seed_of(ctx.generator.initial_seed(), world.rank))
     adversary = stage.adversary(ctx)
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     sums: dict[str, Tensor] = {}
-    for i, rows in enumerate(batches):
+    for i, batch in enumerate(batches):
         factor = rate((ctx.epoch + i / len(batches)) / total, ctx.epoch, preset)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
                 group["lr"] = group["initial_lr"] * factor
+        rows = world.share(batch)
+        part = len(rows) / len(batch)
         x, y = augment(to_float(data.x[rows]), preset.augment, ctx.generator), data.y[rows]
-        with training_step():
+        with training_step(), passing():
             x_adv = adversary(model, x, y) if adversary else None
             loss, log = stage.loss(model, x, y, replace(ctx, x_adv=x_adv))
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        world.sum_gradients(parameters, part)
         for optimizer in optimizers:
             optimizer.step()
         for key, value in {"loss": loss.detach(), **log}.items():
-            sums[key] = sums.get(key, torch.zeros((), device=value.device)) + value
-    means = {k: float(v) / len(batches) for k, v in sums.items()}
+            sums[key] = sums.get(key, torch.zeros((), device=value.device)) + value * part
+    world.average_buffers(model)
+    means = world.sum_values({k: float(v) / len(batches) for k, v in sums.items()})
     if not math.isfinite(means["loss"]):
         raise ArenaError(
             f"training of '{name}' diverged: the loss was {means['loss']:g} in epoch {ctx.epoch + 1} of {total} "
@@ -279,106 +324,7 @@ def rate(progress: float, epoch: int, preset: Preset) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - 0.2) / 0.8))
 
 
-def augment(x: Tensor, kind: str, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to an eighth of its side, zeros moving in; ``crop_flip`` also mirrors half of them."""
-    if kind == "none":
-        return x
-    if kind not in ("shift", "crop_flip"):
-        raise ValueError(f"augment '{kind}': expected none, shift or crop_flip")
-    n, _, h, w = x.shape
-    up, left = max(1, round(h / 8)), max(1, round(w / 8))
-
-    def offsets(side: int, reach: int) -> Tensor:
-        first = torch.randint(0, 2 * reach + 1, (n, 1), generator=generator, device=x.device)
-        return first + torch.arange(side, device=x.device)
-
-    rows, columns = offsets(h, up), offsets(w, left)
-    if kind == "crop_flip":
-        flip = torch.rand(n, 1, generator=generator, device=x.device) < 0.5
-        columns = torch.where(flip, columns.flip(1), columns)
-    padded = F.pad(x, (left, left, up, up)).permute(0, 2, 3, 1)
-    each = torch.arange(n, device=x.device).view(n, 1, 1)
-    return padded[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
-
-
-def judge(
-    model: nn.Module, read: Callable[[Tensor], Reading], ctx: Context, data: _Data, adversarial: bool
-) -> dict[str, float]:
-    """Return percentages in eval mode, without labels: ``natural`` and, if ``adversarial``, ``pgd``.
-
-    The attack is the preset's number of uniform-start steps of eps/4 on CE(logits) + mean CE(heads): the heads are in
-    it because a mask chosen by a head hides the logits' gradient from the decision.
-    """
-
-    def objective(point: Tensor, y: Tensor) -> Tensor:
-        seen = read(point)
-        value = F.cross_entropy(seen.logits, y, reduction="none")
-        heads = [F.cross_entropy(z, y, reduction="none") for z in seen.heads.values()]
-        return value + torch.stack(heads).mean(0) if heads else value
-
-    right = {"natural": 0, "pgd": 0} if adversarial else {"natural": 0}
-    generator = torch.Generator(data.x.device).manual_seed(0)
-    with evaluating(model):
-        for rows in torch.arange(len(data.y), device=data.x.device).split(CHUNK):
-            x, y = to_float(data.x[rows]), data.y[rows]
-            with torch.no_grad():
-                right["natural"] += int((model(x).argmax(1) == y).sum())
-            if adversarial:
-                point = ascend(
-                    lambda p, y=y: objective(p, y),  # type: ignore[misc]
-                    x,
-                    ctx.threat,
-                    steps=max(ctx.preset.steps, 1),
-                    step=step_of(ctx.threat, "1/4"),
-                    generator=generator,
-                )
-                with torch.no_grad():
-                    right["pgd"] += int((model(point).argmax(1) == y).sum())
-    return {k: 100 * v / len(data.y) for k, v in right.items()}
-
-
-def _looks(epoch: int, total: int) -> bool:
-    """Judge every ``total / LOOKS`` epochs and after the last."""
-    return (total - 1 - epoch) % max(1, total // LOOKS) == 0
-
-
-def _score(entry: Mapping[str, Any]) -> tuple[float, float]:
-    return (entry.get("pgd", 0.0), entry["natural"])
-
-
 def _note(entry: Mapping[str, Any], best: Mapping[str, Any]) -> str:
     seen = entry if "natural" in entry else best
     figures = [f"{k} {seen[k]:.1f}" for k in ("natural", "pgd") if k in seen]  # on held-out images
     return ", ".join([*figures, f"loss {entry['loss']:.2f}"])  # a narrow screen cuts the end
-
-
-def _save(
-    folder: Path,
-    model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    history: list[dict[str, Any]],
-    best: dict[str, Any],
-    seconds: float,
-) -> None:
-    buffer = io.BytesIO()
-    state = {
-        "model": model.state_dict(),
-        "optimizers": [o.state_dict() for o in optimizers],
-        "history": history,
-        "best": best,
-        "seconds": seconds,
-    }
-    torch.save(state, buffer)
-    atomic_write(folder / "resume.pt", buffer.getvalue())
-
-
-def _resume(folder: Path) -> dict[str, Any] | None:
-    path = folder / "resume.pt"
-    if not path.exists():
-        return None
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a damaged state costs a fresh start, never the run
-        path.unlink(missing_ok=True)
-        return None
-    return state

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from arena.specs import DefenseSpec, Option, Preset
+from arena.specs import DefenseSpec, Exposed, Option, Preset
 
 from .presets import DIGITS, presets
 
@@ -33,6 +33,7 @@ def _afa(recipe: str, base: str, published: dict[str, float], **more: Option) ->
         f"batch norms for clean and attacked images, mixed by a gate; {base} (reconstruction)",
         build="arena_defenses.afa:build",
         surface="arena_defenses.afa:surface",
+        exposes=Exposed(gates=("w0",), knobs=("w0",)),
         recipe=f"arena_defenses.afa_stages:afa_{recipe}",
         paper="AFA: Adaptive Feature Alignment",
         module="afa",
@@ -42,6 +43,7 @@ def _afa(recipe: str, base: str, published: dict[str, float], **more: Option) ->
         apply="arena_defenses.afa:apply",
         presets=presets(_AFA, digits=_AFA_DIGITS, svhn=_AFA_SVHN),
         published=published,
+        published_on="CIFAR-10, WRN-28-10",
     )
 
 
@@ -70,6 +72,7 @@ def defenses() -> Iterable[DefenseSpec]:
         "one network for every weight of robustness, chosen at test time",
         build="arena_defenses.oat:build",
         surface="arena_defenses.oat:surface",
+        exposes=Exposed(knobs=("lam",)),
         recipe="arena_defenses.oat:train",
         paper="Wang et al., Once-for-All Adversarial Training, NeurIPS 2020",
         module="oat",

@@ -20,6 +20,7 @@ def _denoise(
     options: Mapping[str, Option],
     settings: Mapping[str, Preset],
     published: Mapping[str, float],
+    on: str,
 ) -> DefenseSpec:
     module, _, twin = name.partition("_")
     return DefenseSpec(
@@ -33,6 +34,7 @@ def _denoise(
         options={"kind": _KIND, **options},
         presets=settings,
         published=published,
+        published_on=on,
     )
 
 
@@ -53,6 +55,7 @@ def defenses() -> Iterable[DefenseSpec]:
             "ensemble": 45.82,
             "autoattack": 44.57,
         },
+        "CIFAR-10, ResNet-18, in FSR's paper",
     )
     yield _denoise(
         "denoise_rt",
@@ -63,5 +66,6 @@ def defenses() -> Iterable[DefenseSpec]:
             "loss": Option("mse", "squared error to one-hot targets (DeepDefense) or cross-entropy", ("mse", "ce")),
         },
         presets(PLAIN["rt"]),
-        {"apgd": 43.03, "apgdt": 29.34, "square": 28.20, "fgsm": 62.57, "pgd": 16.55},
+        {"apgd": 43.03, "apgd_t": 29.34, "square": 28.20, "fgsm": 62.57, "pgd": 16.55},
+        "CIFAR-10, DeepDefense's CNN, in its paper, on points that all its models classify rightly; eps not stated",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from arena.specs import DefenseSpec, Option, Preset
+from arena.specs import DefenseSpec, Exposed, Option, Preset
 
 from .presets import presets
 
@@ -52,6 +52,7 @@ def _fsr(recipe: str, training: str, more: Mapping[str, Option]) -> DefenseSpec:
         f"robust and non-robust activations told apart, the latter recalibrated; {training}",
         build="arena_defenses.fsr:build",
         surface="arena_defenses.fsr:surface",
+        exposes=Exposed(("robust", "nonrobust", "recalibrated"), gates=("mask",), knobs=("tau", "detach")),
         recipe=f"arena_defenses.fsr:{recipe}",
         apply="arena_defenses.fsr:apply",
         paper="Kim et al., Feature Separation and Recalibration for Adversarial Robustness, CVPR 2023",
@@ -61,6 +62,7 @@ def _fsr(recipe: str, training: str, more: Mapping[str, Option]) -> DefenseSpec:
         eval_options=_EVAL,
         presets=presets(_CIFAR, svhn=_SVHN),
         published=dict(zip(_COLUMNS, _PUBLISHED[recipe], strict=True)),
+        published_on="CIFAR-10, ResNet-18",
     )
 
 

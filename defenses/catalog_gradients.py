@@ -9,6 +9,7 @@ from arena.specs import DefenseSpec, Option, Preset
 from .presets import presets
 
 _PAPER = "DeepDefense: gradient-feature alignment"
+_ON = "CIFAR-10, DeepDefense's CNN, on points that all its models classify rightly; eps not stated"
 #: The paper states no setting at all; these are untried beyond digits.
 _CIFAR = Preset(100, lr=0.05, weight_decay=0.0, milestones=(75, 90))
 _DIGITS_GFA = Preset(40, batch=64, lr=0.1, weight_decay=0.0)
@@ -44,6 +45,7 @@ def _made(
         options=options,
         presets=presets(_CIFAR, digits=digits),
         published=published,
+        published_on=_ON if published else "",
     )
 
 
@@ -107,4 +109,5 @@ def defenses() -> Iterable[DefenseSpec]:
         },
         presets=presets(_CIFAR, digits=_DIGITS),
         published={"apgd": 42.52, "apgd_t": 28.04, "square": 27.90, "fgsm": 53.17, "pgd": 24.62, "fab": 97.10},
+        published_on=_ON,
     )

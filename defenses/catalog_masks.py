@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from arena.specs import DefenseSpec, Option, Preset
+from arena.specs import DefenseSpec, Exposed, Option, Preset
 
 from .presets import presets
 
@@ -87,7 +87,17 @@ class _Module:
     paper: str
     code: str
     surface: str
+    exposes: Exposed
+    on: str
+    """Where the published numbers are from."""
 
+
+def _masks(n: int) -> Exposed:
+    return Exposed(tuple(f"head{i}" for i in range(1, n + 1)), selections=tuple(f"mask{i}" for i in range(1, n + 1)))
+
+
+_ON = "CIFAR-10, ResNet-18"
+_IN_FGAA = f"{_ON}, in FGAA's paper"
 
 _FGAA = _Module(
     "fgaa",
@@ -95,6 +105,8 @@ _FGAA = _Module(
     "FGAA: Fine-Grained Activation Alignment",
     "fgaa:build",
     "masks:surface",
+    _masks(2),
+    _ON,
 )
 _EWAS = _Module(
     "ewas",
@@ -102,6 +114,8 @@ _EWAS = _Module(
     "EWAS: Element-Wise Activation Scaling",
     "ewas:build",
     "masks:surface",
+    _masks(1),
+    f"{_ON}; its AutoAttack is APGD and Square only",
 )
 _CAS = _Module(
     "cas",
@@ -109,20 +123,26 @@ _CAS = _Module(
     "Bai et al., Improving Adversarial Robustness via Channel-wise Activation Suppressing, ICLR 2021",
     "cas:build_cas",
     "masks:surface",
+    _masks(2),
+    _IN_FGAA,
 )
 _SAA = _Module(
     "saa",
     "class-conditional masks over positions (reconstruction)",
-    "named in FGAA's Table 6, defined nowhere; a reconstruction",
+    "FGAA: Fine-Grained Activation Alignment, Table 6, which names it without defining it",
     "cas:build_saa",
     "masks:surface",
+    _masks(2),
+    _IN_FGAA,
 )
 _CSAA = _Module(
     "csaa",
     "class-conditional masks over channels, then positions (reconstruction)",
-    "named in FGAA's Table 6, defined nowhere; a reconstruction",
+    "FGAA: Fine-Grained Activation Alignment, Table 6, which names it without defining it",
     "cas:build_csaa",
     "masks:surface",
+    _masks(4),
+    _IN_FGAA,
 )
 _CIFS = _Module(
     "cifs",
@@ -130,6 +150,12 @@ _CIFS = _Module(
     "Yan et al., CIFS: Channel-wise Importance-based Feature Selection, ICML 2021",
     "cifs:build",
     "cifs:surface",
+    Exposed(
+        ("probe1", "probe2"),
+        selections=("first1", "second1", "first2", "second2"),
+        knobs=("detach1", "detach2"),
+    ),
+    f"{_ON}, in FSR's paper",
 )
 _TRAINED = {
     "rt": "trained on natural images",
@@ -152,6 +178,7 @@ def _spec(
         f"{module.what}, {_TRAINED[recipe]}",
         build=f"arena_defenses.{module.code}",
         surface=f"arena_defenses.{module.surface}",
+        exposes=module.exposes,
         recipe=f"arena_defenses.{recipes}:{recipe}",
         paper=module.paper,
         module=module.name,
@@ -161,6 +188,7 @@ def _spec(
         apply="arena_defenses.masks:follow" if module is _FGAA else None,
         presets=settings,
         published=published,
+        published_on=module.on if published else "",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from arena.specs import DefenseSpec, Option, Preset
+from arena.specs import DefenseSpec, Exposed, Option, Preset
 
 from .presets import presets
 
@@ -30,6 +30,7 @@ def defenses() -> Iterable[DefenseSpec]:
         "class centers at two depths pull features and push others away, trained on natural images",
         build="arena_defenses.pcl:build",
         surface="arena_defenses.pcl:surface",
+        exposes=Exposed(("near1", "near2")),
         recipe="arena_defenses.pcl:rt",
         paper=paper,
         module="pcl",
@@ -37,12 +38,14 @@ def defenses() -> Iterable[DefenseSpec]:
         options={"prox": _PROX, "contrast": _contrast(1e-4), "start": _START},
         presets=presets(_RT, digits=_DIGITS_RT),
         published={"natural": 88.15, "fgsm": 46.47, "pgd20": 24.68, "cw_linf": 37.50},
+        published_on="CIFAR-10, ResNet-18, in EWAS's paper",
     )
     yield DefenseSpec(
         "pcl_sat",
         "class centers at two depths pull features and push others away, adversarially trained",
         build="arena_defenses.pcl:build",
         surface="arena_defenses.pcl:surface",
+        exposes=Exposed(("near1", "near2")),
         recipe="arena_defenses.pcl:sat",
         paper=paper,
         module="pcl",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from arena.specs import DefenseSpec, Option, Preset
+from arena.specs import DefenseSpec, Exposed, Option, Preset
 
 
 def defenses() -> Iterable[DefenseSpec]:
@@ -14,6 +14,7 @@ def defenses() -> Iterable[DefenseSpec]:
         "random pruning behind every ReLU at test time, on the weights of sat",
         build="arena_defenses.sap:build",
         surface="arena_defenses.sap:surface",
+        exposes=Exposed(knobs=("frac", "draws", "on"), random=True),
         recipe="arena_defenses.sap:sat",
         apply="arena_defenses.sap:apply",
         paper="Dhillon et al., Stochastic Activation Pruning for Robust Adversarial Defense, ICLR 2018",
@@ -25,4 +26,5 @@ def defenses() -> Iterable[DefenseSpec]:
         },
         presets={"digits": Preset(0), "*": Preset(0)},
         published={"natural": 79.13, "fgsm": 59.04, "pgd20": 46.35, "cw_linf": 46.65},
+        published_on="CIFAR-10, ResNet-18, in EWAS's paper",
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +101,8 @@ class Regularized:
     row's own loss and stay in the graph.
     """
 
+    second_order: ClassVar[bool] = True
+    """Gradients are differentiated: no mixed precision."""
     penalty: str
     """``gfa``, ``gnr`` or ``gaie``."""
     task: str = "mse"

@@ -172,9 +172,11 @@ def test_the_documented_defense_builds_and_its_surface_is_read(monkeypatch):
     with Reader(model, module.surface(model)) as reader:
         reading = reader(torch.rand(2, 1, 4, 4))
     assert reading.scores().shape == (2, 2, 3)
+    surface = module.surface(model)
     (stage,) = module.recipe(lam=2.0)
     assert (stage.recipe, stage.lam) == ("sat", 2.0)
     (spec,) = documented("arena_register_defenses").arena_register_defenses()
+    assert specs.Exposed.of(surface) == spec.exposes
     for reference in (spec.build, spec.surface, spec.recipe):
         monkeypatch.setitem(sys.modules, "arena_example", types.ModuleType("arena_example"))
         monkeypatch.setitem(sys.modules, "arena_example.defense", module)

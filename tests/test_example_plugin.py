@@ -47,6 +47,7 @@ def test_it_is_listed_under_its_own_name(ask):
     listed = json.loads(ask("list", "--json").stdout)
     (defense,) = (d for d in listed["defenses"] if d["name"] == "arena-example/recall_rt")
     assert (defense["origin"], defense["twin"]) == ("arena-example 0.1.0", "rt")
+    assert defense["exposes"]["heads"] == ["recall"]
     assert "arena-example/flips" in [a["name"] for a in listed["attacks"]]
 
 

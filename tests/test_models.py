@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from arena.checkpoints import read_weights
 from arena.datasets import to_float
 from arena.errors import ArenaError
 from arena.home import home, lock
-from arena.models import TrainedPlan, plan, preset_for
+from arena.models import TrainedPlan, plan
 from arena.plugins import registry
+from arena.schedule import Schedule
 from arena.surface import Reader, selects
 from arena.threat import Threat
 from arena.watch import Silent
@@ -48,7 +50,7 @@ def planned(text, images, **given) -> TrainedPlan:
         "checkpoint": None,
         "surface": None,
         "registry": registry(),
-        "epochs": 2,
+        "schedule": Schedule(epochs=2),
     }
     found = plan(text, images=images, **{**settings, **given})
     assert isinstance(found, TrainedPlan)
@@ -74,7 +76,10 @@ def obtain(found, *, train=True, retrain=False, watch=None):
         ({"threat": Threat("Linf", "0.06")}, False),
         ({"threat": Threat("L2", "0.05")}, False),
         ({"train_seed": 1}, False),
-        ({"epochs": 3}, False),
+        ({"schedule": Schedule(epochs=3)}, False),
+        ({"schedule": Schedule(epochs=2, precision="bf16")}, False),
+        ({"schedule": Schedule(epochs=2, patience=3)}, False),
+        ({"schedule": Schedule(epochs=2, preset="cifar10")}, False),
     ],
 )
 def test_the_key_follows_what_decides_the_weights(tiny_images, change, same):
@@ -90,8 +95,6 @@ def test_the_threat_is_no_part_of_natural_training(tiny_images):
 
 
 def test_the_data_is_part_of_the_key(tiny_images):
-    from dataclasses import replace
-
     other = replace(tiny_images, y_train=tiny_images.y_train.flip(0))
     assert planned("rt", tiny_images).training_key != planned("rt", other).training_key
 
@@ -112,7 +115,7 @@ def test_trained_once_then_found(tiny_images, arena_home):
     assert first.origin.startswith("adversarial-arena ")
     assert list(first.surface.heads) == ["head1", "head2"]
     folder = home() / "models" / found.training_key[:16]
-    assert {p.name for p in folder.iterdir()} == {"best.safetensors", "last.safetensors", "model.json"}
+    assert {p.name for p in folder.iterdir()} == {"best.safetensors", "last.safetensors", "model.json", "train.jsonl"}
     record = json.loads((folder / "model.json").read_text())
     assert record["trained"] == json.loads(json.dumps(first.trained))
     assert len(record["history"]) == record["trained"]["epochs"] == 2
@@ -168,11 +171,16 @@ def test_other_seeds_give_other_models(tiny_images, arena_home):
             "--train-seed 3",
         ),
         ("rt", {"dataset": "npz:a b.npz", "backbone": None}, "arena train rt --dataset 'npz:a b.npz'"),
+        (
+            "rt",
+            {"backbone": None, "schedule": Schedule("cifar10", 3, "bf16", 2)},
+            "arena train rt --dataset digits --preset cifar10 --epochs 3 --precision bf16 --patience 2",
+        ),
     ],
 )
 def test_without_leave_to_train_the_command_is_said(tiny_images, arena_home, text, given, command):
     with pytest.raises(ArenaError) as error:
-        obtain(planned(text, tiny_images, **given), train=False)
+        obtain(planned(text, tiny_images, **{"schedule": None, **given}), train=False)
     assert str(error.value).startswith("no trained model of '")
     assert str(error.value).endswith(f"train it with: {command}")
     assert not (arena_home / "models").exists()
@@ -265,16 +273,41 @@ def test_any_classes_channels_and_sides_train(arena_home, text, shape, classes, 
     g = torch.Generator().manual_seed(0)
     x, y = torch.rand(24, *shape, generator=g), torch.arange(24) % classes
     images = Images("any", x[:16], y[:16], x[16:], y[16:], classes)
-    model = obtain(planned(text, images, backbone=backbone, epochs=1)).build()
+    model = obtain(planned(text, images, backbone=backbone, schedule=Schedule(epochs=1))).build()
     assert model(x[16:]).shape == (8, classes)
     assert torch.isfinite(model(x)).all()
 
 
 def test_presets_by_data_set_and_backbone():
     spec = registry().get("defense", "ewas_sat").spec
-    assert preset_for(spec, "digits", "cnn") is spec.presets["digits"]
-    assert preset_for(spec, "svhn", "resnet18").lr == 0.01
-    assert preset_for(spec, "unheard_of", "resnet18") is spec.presets["*"]
+    choose = Schedule().choose
+    assert choose("ewas_sat", spec, "digits", "cnn") is spec.presets["digits"]
+    assert choose("ewas_sat", spec, "svhn", "resnet18").lr == 0.01
+    assert choose("ewas_sat", spec, "unheard_of", "resnet18") is spec.presets["*"]
+
+
+def test_a_schedule_borrows_a_preset_and_moves_its_milestones():
+    spec = registry().get("defense", "ewas_sat").spec
+    paper = spec.presets["cifar10"]
+    shorter = Schedule(preset="cifar10", epochs=paper.epochs // 10).choose("ewas_sat", spec, "npz", "resnet18")
+    assert shorter == replace(paper, epochs=12, milestones=(6.0, 9.0))
+    with pytest.raises(ArenaError, match="unknown preset of ewas_sat 'cifar'; did you mean 'cifar10'"):
+        Schedule(preset="cifar").choose("ewas_sat", spec, "npz", "resnet18")
+    for bad in (Schedule(epochs=0), Schedule(patience=-1), Schedule(precision="fp16")):
+        with pytest.raises(ArenaError, match=r"--epochs 0|--patience -1|precision 'fp16'"):
+            bad.choose("ewas_sat", spec, "digits", "cnn")
+
+
+def test_a_checkpoint_of_arenas_own_keeps_its_record(arena_home, tiny_images):
+    """A model trained on an unusual schedule is matched by its file, and says how it was trained."""
+    trained = planned("rt", tiny_images, schedule=Schedule(epochs=1))
+    first = obtain(trained)
+    other = obtain(planned("rt", tiny_images, schedule=None, checkpoint=trained.folder / "best.safetensors"))
+    assert other.id == first.id
+    assert (other.trained["epochs"], other.trained["weights"]) == (1, "best")
+    alone = arena_home / "alone.safetensors"
+    alone.write_bytes((trained.folder / "best.safetensors").read_bytes())
+    assert obtain(planned("rt", tiny_images, schedule=None, checkpoint=alone)).trained["weights"] == "checkpoint"
 
 
 def test_sigkill_in_training_then_the_same_call_ends_alike(arena_home, tmp_path):
@@ -289,12 +322,14 @@ def test_sigkill_in_training_then_the_same_call_ends_alike(arena_home, tmp_path)
             from arena.datasets import digits
             from arena.models import plan
             from arena.plugins import registry
+            from arena.schedule import Schedule
             from arena.threat import Threat
             class Say:
                 def phase(self, *a): pass
                 def say(self, text): pass
                 def advance(self, done, note=""): print(done, note, flush=True)
-            p = plan("fgaa_sat", dataset="digits", images=digits(), backbone="cnn(width=4)", train_seed=0, epochs=6,
+            p = plan("fgaa_sat", dataset="digits", images=digits(), backbone="cnn(width=4)", train_seed=0,
+                     schedule=Schedule(epochs=6),
                      threat=Threat("Linf", "0.2"), checkpoint=None, surface=None, registry=registry())
             print("id", p.obtain(train=True, retrain=False, device="cpu", watch=Say()).id, flush=True)
             """
@@ -338,7 +373,7 @@ def test_a_training_that_learns_nothing_is_said(arena_home):
     generator = torch.Generator().manual_seed(0)
     x, y = torch.full((200, 1, 4, 4), 0.5), torch.arange(200) % 10
     images = Images("noise", x, y[torch.randperm(200, generator=generator)], x[:20], y[:20], 10)
-    planned("rt", images, backbone="cnn(width=2)", epochs=1).obtain(
+    planned("rt", images, backbone="cnn(width=2)", schedule=Schedule(epochs=1)).obtain(
         train=True, retrain=False, device="cpu", watch=Listening()
     )
     assert any("training collapsed" in text for text in said)

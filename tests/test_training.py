@@ -13,13 +13,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+import arena.threads
 import arena.training
-from arena.datasets import to_float
+from arena import trace
+from arena.augment import augment
+from arena.datasets import Images, to_float
 from arena.errors import ArenaError
+from arena.schedule import Schedule
 from arena.specs import Preset
 from arena.surface import Head, Surface
 from arena.threat import Threat
-from arena.training import Usual, augment, fit, rate, split
+from arena.training import Usual, fit, rate, split
 from arena.watch import Silent
 
 CPU = torch.device("cpu")
@@ -323,3 +327,101 @@ def test_the_rate_is_a_staircase_or_one_cycle():
     assert rate(0.2, 0, cycle) == pytest.approx(1)
     assert rate(0.0, 0, cycle) == pytest.approx(0.05)
     assert rate(1.0, 0, cycle) == pytest.approx(0)
+
+
+def test_the_log_tells_of_every_epoch_also_after_a_kill(tiny_images, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_images, tmp_path, watch=Kill(after=4))
+    _, fitted = train(tiny_images, tmp_path)
+    lines = trace.read(tmp_path / trace.LOG)
+    assert [(line["stage"], line["epoch"]) for line in lines] == [(0, e) for e in range(1, 7)]
+    for line, entry in zip(lines, fitted.history, strict=True):
+        assert {k: line[k] for k in entry} == entry
+        assert line["lr"] > 0
+        assert line["images_per_second"] > 0
+
+
+@pytest.mark.parametrize("text", ["", "nothing", '{"stage": 0}', "[1]"])
+def test_what_is_no_log_is_refused(tmp_path, text):
+    path = tmp_path / "some.jsonl"
+    assert trace.Log.open(tmp_path, []).lines == []
+    path.write_text(text)
+    if text:
+        with pytest.raises(ArenaError, match="not a training log"):
+            trace.read(path)
+    with pytest.raises(ArenaError, match="No such file"):
+        trace.read(tmp_path / "none.jsonl")
+
+
+def test_patience_ends_a_stage_and_not_the_next(tiny_images, tmp_path, monkeypatch):
+    """The first stage's best look is its second, so patience 2 ends it after the fourth; the second stage improves."""
+    scores = iter([10.0, 50.0, 30.0, 40.0, *(5.0, 6.0, 7.0, 8.0, 9.0, 10.0)])
+    monkeypatch.setattr(arena.training, "judge", lambda *a, **k: {"natural": 90.0, "pgd": next(scores)})
+    said: list[str] = []
+    watch = Kill()
+    watch.say = said.append  # type: ignore[method-assign]
+    stages = [Usual("sat", lam=0.5), Usual("sat", lam=0.25)]
+    _, fitted = train(tiny_images, tmp_path, stages=stages, watch=watch, schedule=Schedule(patience=2))
+    assert [(h["stage"], h["epoch"]) for h in fitted.history] == [(0, e) for e in range(1, 5)] + [
+        (1, e) for e in range(1, 7)
+    ]
+    assert (fitted.best["stage"], fitted.best["epoch"]) == (1, 6)
+    assert said == ["stopped after 4 of 6 epochs: no better since epoch 2"]
+
+
+@pytest.mark.parametrize("kill", [3, 4, 5])
+def test_an_early_stop_survives_a_kill(tiny_images, tmp_path, kill):
+    stages = [Usual("rt", lam=0.5), Usual("rt", lam=0.25)]
+    given = {"stages": stages, "schedule": Schedule(patience=1), "preset": replace(PRESET, epochs=8)}
+    _, whole = train(tiny_images, tmp_path / "whole", **given)
+    assert any(h.get("stopped") for h in whole.history)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_images, tmp_path / "broken", watch=Kill(after=kill), **given)
+    _, again = train(tiny_images, tmp_path / "broken", **given)
+    assert again.history == whole.history
+    assert same(weights(tmp_path / "broken", "last"), weights(tmp_path / "whole", "last"))
+
+
+def test_bf16_learns_and_keeps_fp32_weights(tiny_images, tmp_path):
+    preset = replace(PRESET, epochs=25, augment="none")
+    model, fitted = train(tiny_images, tmp_path / "bf16", preset=preset, schedule=Schedule(precision="bf16"))
+    plain, _ = train(tiny_images, tmp_path / "fp32", preset=preset)
+    assert fitted.best["natural"] == 100
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not same(model.state_dict(), plain.state_dict())
+
+
+@dataclass(frozen=True)
+class SecondOrder(Usual):
+    second_order = True
+
+
+def test_gradients_of_gradients_take_fp32(tiny_images, tmp_path):
+    with pytest.raises(ArenaError, match=r"--precision bf16: 'test' differentiates gradients"):
+        train(tiny_images, tmp_path, stages=[SecondOrder("rt")], schedule=Schedule(precision="bf16"))
+
+
+def test_a_large_model_trains_with_channels_last_to_the_same_loss(tmp_path, monkeypatch):
+    """Memory order changes speed, not mathematics: the first epoch's loss agrees to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(40, 3, 8, 8, generator=generator), torch.arange(40) % 3
+    images = Images("made", x[:30], y[:30], x[30:], y[30:], 3)
+
+    def made() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
+
+    losses = {}
+    for name, limit in (("small", 10**6), ("large", 0)):
+        monkeypatch.setattr(arena.threads, "SMALL_MODEL", limit)
+        model = made()
+        folder = tmp_path / name
+        folder.mkdir()
+        fitted = fit(
+            model, [Usual("sat")], images, replace(PRESET, epochs=1), THREAT, name="test", surface=Surface(),
+            train_seed=0, folder=folder, device=CPU, watch=Silent(),
+        )  # fmt: skip
+        losses[name] = fitted.history[0]["loss"]
+        assert model[0].weight.is_contiguous(memory_format=torch.channels_last) == (name == "large")
+    assert losses["large"] == pytest.approx(losses["small"], rel=1e-4)

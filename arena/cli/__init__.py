@@ -20,6 +20,7 @@ COMMANDS = {
     "leaderboard": "Rank all results of the store.",
     "show": "Show a stored result again.",
     "verify": "Re-score a result's adversarial examples, or somebody's file.",
+    "figure": "Draw a figure of what was measured.",
     "list": "List defenses, attacks, rosters, data sets, backbones.",
     "data": "Download public data sets, and see which are there.",
     "plugins": "See what is installed and what is wrong with it.",

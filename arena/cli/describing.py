@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from arena.plugins import Registered
-    from arena.specs import Option
+    from arena.specs import Exposed, Option
 
 
 def draw(console: Console, kind: str, registered: Registered[Any]) -> None:
@@ -46,12 +46,31 @@ def _facts(kind: str, spec: Any) -> list[str]:
         return [
             f"version {spec.version}" + ("; the list depends on the defense's surface" if spec.from_surface else "")
         ]
-    lines = [f"trains on: {', '.join('any other' if p == '*' else p for p in spec.presets)}"] if spec.presets else []
+    lines = [f"module: {spec.module or 'none'}; recipe: {spec.recipe_name}", *_surface(spec.exposed)]
+    if spec.presets:
+        lines.append(f"trains on: {', '.join('any other' if p == '*' else p for p in spec.presets)}")
     if spec.twin:
         lines.append(f"beside: {spec.twin}, the same recipe without the module; its result is shown with this one's")
     if spec.published:
-        lines.append("published: " + ", ".join(f"{k} {v:g} %" for k, v in spec.published.items()))
+        where = f" ({spec.published_on})" if spec.published_on else ""
+        lines.append(f"published{where}: " + ", ".join(f"{k} {v:g} %" for k, v in spec.published.items()))
     return lines
+
+
+def _surface(exposed: Exposed | None) -> list[str]:
+    """Say what attacks may use: every part by name."""
+    if exposed is None:
+        return ["exposed to attacks: the author does not say; a match shows it"]
+    parts = [
+        f"{kind} {', '.join(names)}"
+        for kind in ("heads", "gates", "selections", "knobs")
+        if (names := getattr(exposed, kind))
+    ]
+    if exposed.random:
+        parts.append("random at test time")
+    if not parts:
+        return ["exposed to attacks: the logits alone"]
+    return [f"exposed to attacks, besides the logits (default options, on digits): {'; '.join(parts)}"]
 
 
 def _default(option: Option) -> str:

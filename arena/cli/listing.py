@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,16 @@ def describe(registered: Registered[Any]) -> dict[str, Any]:
     data: dict[str, Any] = {"name": registered.name, "origin": registered.origin}
     for field in fields(spec):
         data.setdefault(field.name, _jsonable(getattr(spec, field.name)))
+    if "exposes" in data:
+        data |= {"recipe_name": spec.recipe_name, "exposes": _jsonable(spec.exposed)}
     return data
+
+
+def short(paper: str) -> str:
+    """Shorten ``A et al., A Title, ICLR 2018`` to ``A et al., ICLR 2018``, and ``EWAS: A Title`` to ``EWAS``."""
+    first, *rest = paper.split(", ")
+    where = rest[-1:] if rest and re.fullmatch(r"[A-Z].* \d{4}", rest[-1]) else []
+    return ", ".join([first.partition(":")[0], *where])
 
 
 def _jsonable(value: Any) -> Any:
@@ -117,6 +127,8 @@ def _draw(console: Console, kind: str, found: Registry) -> None:
     if not entries:
         console.print(f"{kind}: none")
         return
+    if kind == "defenses":
+        return _draw_defenses(console, entries)
     made = table(kind, "about", "options")
     for r in entries:
         about = r.spec.summary + _extra(kind, r.spec)
@@ -124,10 +136,32 @@ def _draw(console: Console, kind: str, found: Registry) -> None:
     if not any(_options(r.spec) for r in entries):
         made.columns.pop()
     console.print(made)
-    if kind == "defenses" and any(r.spec.twin for r in entries):
-        console.print(
-            cell("beside X: X is the same recipe without the module; its result is shown with this one's", "dim")
-        )
+
+
+def _draw_defenses(console: Console, entries: list[Registered[Any]]) -> None:
+    from arena.cli.console import WIDE, cell, table
+
+    wide = console.width >= WIDE
+    made = table("defenses", "module", "recipe", ">heads", ">gates", *(["paper"] if wide else []), "about", tight=True)
+    for r in entries:
+        spec, exposed, paper = r.spec, r.spec.exposed, short(r.spec.paper)
+        counts = [str(len(exposed.heads)), str(len(exposed.gates))] if exposed else ["?", "?"]
+        notes = [
+            paper if not wide else "",
+            "random" if exposed and exposed.random else "",
+            f"beside {spec.twin}" if spec.twin not in ("", spec.recipe_name) else "",
+        ]
+        told = "; ".join(filter(None, notes))
+        cells = [r.name, spec.module or "-", spec.recipe_name, *counts, *([paper or "-"] if wide else [])]
+        made.add_row(*map(cell, cells), cell(spec.summary + (f" [{told}]" if told else "")))
+    console.print(made)
+    lines = ["arena list NAME: options, paper, and by name what is exposed to attacks"]
+    if any(r.spec.twin for r in entries):
+        lines.append("a module's result is shown beside that of its recipe alone")
+    if not all(r.spec.exposed for r in entries):
+        lines.append("?: its author does not say; a match shows it")
+    for line in lines:
+        console.print(cell(line, "dim"))
 
 
 def _extra(kind: str, spec: Any) -> str:
@@ -135,8 +169,6 @@ def _extra(kind: str, spec: Any) -> str:
         return f" [{', '.join(spec.norms)}; {spec.knowledge}]"
     if kind == "datasets":
         return f" [{spec.norm} eps {spec.eps}, {spec.backbone}]"
-    if kind == "defenses" and spec.twin:
-        return f" [beside {spec.twin}]"
     return ""
 
 

@@ -284,6 +284,8 @@ def _remarks(console: Console, record: Record) -> None:
         )
     notes = [str(n) for n in record.get("notes") or ()]
     plugins = [n for n in notes if n.startswith("plugin ")]
+    indicators = (record.get("audit") or {}).get("indicators", ())
+    notes += [i["evidence"] for i in indicators if i["name"] == "unread_parameters" and i.get("evidence")]
     lines += [f"note: {n}" for n in notes if n not in plugins]
     lines += [f"note: {problems(len(plugins))}"] if plugins else []
     if lines:

@@ -215,7 +215,48 @@ def test_lists(arena):
     assert sat["twin"] == "sat"
     assert max(map(len, arena("list", "attacks").out.splitlines())) <= 80
     assert arena("list", "defence").refusal == "unknown kind or name 'defence'; did you mean 'defenses'?"
-    assert "beside X: X is the same recipe without the module" in " ".join(text.split())
+    assert "a module's result is shown beside that of its recipe alone" in " ".join(text.split())
+    assert sat["recipe_name"] == "sat"
+    assert sat["exposes"]["heads"] == ["head1", "head2"]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_list_of_defenses_shows_module_recipe_heads_gates_and_paper(arena, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = arena("list", "defenses").out.splitlines()
+    heads = lines[0].split()
+    assert heads == ["defenses", "module", "recipe", "heads", "gates", *(["paper"] if width == 120 else []), "about"]
+    assert max(map(len, lines)) <= width
+    rows = {line.split()[0]: line for line in lines if line[:1].strip()}
+    assert rows["fsr_trades"].split()[:5] == ["fsr_trades", "fsr", "trades", "3", "1"]
+    assert rows["advmix"].split()[:5] == ["advmix", "-", "advmix", "0", "0"]
+    text = " ".join(" ".join(lines).split())
+    assert ("Kim et al., CVPR 2023" in rows["fsr_sat"]) if width == 120 else ("[Madry et al., ICLR 2018]" in text)
+    assert "random]" in text
+
+
+def test_what_an_author_does_not_say_is_a_question_mark(monkeypatch, capsys):
+    from arena.cli import listing
+    from arena.cli.console import out
+    from arena.plugins import Registered
+    from arena.specs import DefenseSpec
+
+    monkeypatch.setenv("COLUMNS", "80")
+    entry = Registered(DefenseSpec("odd", "a thing", "m:b", "m:r", surface="m:s"), "mine", "1")
+    listing._draw_defenses(out(), [entry])
+    shown = capsys.readouterr().out
+    row = next(line for line in shown.splitlines() if "odd" in line)
+    assert row.split()[:5] == ["mine/odd", "-", "odd", "?", "?"]
+    assert "?: its author does not say" in shown
+
+
+def test_papers_are_shortened():
+    from arena.cli.listing import short
+
+    assert short("A et al., On X, Y and Z, ICLR 2018") == "A et al., ICLR 2018"
+    assert short("EWAS: Element-Wise Activation Scaling") == "EWAS"
+    assert short("GAIE, as reported by DeepDefense") == "GAIE"
+    assert short("") == ""
 
 
 def test_one_item_is_described_in_full(arena):
@@ -225,6 +266,12 @@ def test_one_item_is_described_in_full(arena):
     assert "beside: sat, the same recipe without the module" in text
     assert "lam 2" in text
     assert "paper: " in text
+    assert "module: fgaa; recipe: sat" in text
+    assert "heads head1, head2; selections mask1, mask2" in text
+    assert "published (CIFAR-10, ResNet-18): natural 86.19 %" in text
+    assert "exposed to attacks: the logits alone" in arena("list", "sat").out
+    random = " ".join(arena("list", "sap_sat").out.split())
+    assert "knobs frac, draws, on; random at test time" in random
     assert "arena match 'fgaa_sat(lam=2)' --vs autoattack,adaptive" in text
     assert max(map(len, out.splitlines())) <= 80
     assert "steps 100" in " ".join(arena("list", "apgd_ce").out.split())

@@ -11,6 +11,17 @@ def squeeze(text: str) -> str:
     return " ".join(text.split())
 
 
+def test_parameters_that_nothing_reads_are_a_note_and_no_flag(arena, plant, record):
+    said = {"name": "unread_parameters", "flag": False, "value": 7, "evidence": "7 parameters change no logits"}
+    other = {"name": "depends_on_place", "flag": False, "value": 1e-7, "evidence": "the last bits"}
+    record["audit"] = {"verdict": "not_audited", "indicators": [said, other]}
+    plant(record)
+    out = arena("show", "0123").out
+    assert "note: 7 parameters change no logits" in out
+    assert "unread_parameters" not in out
+    assert "the last bits" not in out
+
+
 def test_the_screen(arena, plant, record):
     plant(record)
     done = arena("show", "0123")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from arena.hookspecs import hookimpl
-from arena.specs import AttackSpec, DefenseSpec, Option, Preset
+from arena.specs import AttackSpec, DefenseSpec, Exposed, Option, Preset
 
 
 @hookimpl
@@ -17,6 +17,7 @@ def arena_register_defenses() -> Iterable[DefenseSpec]:
             "an example: channels scaled by what an auxiliary head believes, trained on natural images",
             build="arena_example.defense:build",
             surface="arena_example.defense:surface",
+            exposes=Exposed(heads=("recall",)),
             recipe="arena_example.defense:recipe",
             module="recall",
             twin="rt",
