@@ -66,7 +66,7 @@ def budget_still_gains(probe: Probe) -> Indicator:
     lead = probe.long.lead.cummin(0).values
     span = (lead[0] - lead[-1]).clamp_min(1e-6)
     unsettled = ((lead[-1 - LONG // 10] - lead[-1]) / span > t.UNSETTLED_GAIN) & (lead[-1] >= 0)
-    flag = many(unsettled, t.UNSETTLED)
+    flag = many(unsettled, t.UNSETTLED) and int(unsettled.sum()) >= t.FEWEST  # one or two survivors change no number
     return finding(
         "budget_still_gains",
         flag,
@@ -133,7 +133,7 @@ def still_breaks(probe: Probe) -> Indicator:
             broken = probe.confirmed(s, x_adv)
             by[name] = int(broken.sum())
             fallen |= broken
-    flag = many(fallen, t.STILL_BREAKS)
+    flag = many(fallen, t.STILL_BREAKS) and int(fallen.sum()) >= t.FEWEST
     text = ", ".join(f"{k}: {v}" for k, v in by.items() if v)
     return finding(
         "still_breaks",

@@ -267,6 +267,14 @@ def test_the_planted_readout_is_fishers():
     assert torch.allclose(planting._separate(inner, secret).double(), way / way.norm(), atol=1e-6)
 
 
+def test_one_survivor_that_falls_is_no_finding(base):
+    s = base[1]
+    few = Points(s.x[:2], s.y[:2], s.index[:2])
+    found = indicators.still_breaks(probe(base, eps="0.3", standing=few))
+    assert found.value == 1.0
+    assert not found.flag
+
+
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_a_tiny_gradient_still_has_a_direction(norm):
     grad = torch.tensor([3e-30, -4e-30]).view(1, 1, 1, 2)

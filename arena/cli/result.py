@@ -260,7 +260,7 @@ def _audit(console: Console, record: Record, everything: bool) -> None:
             made.add_row(cell(i["name"]), cell("!" if i.get("flag") else "", style="yellow"), *map(cell, shown))
         console.print(made)
         for i in found:
-            if i.get("evidence") and not i.get("flag"):
+            if i.get("evidence") and not i.get("flag") and i["name"] != "unread_parameters":  # that one is a note
                 console.print(cell(f"{i['name']}: {i['evidence']}", "dim"))
 
 
