@@ -183,6 +183,8 @@ def _expected(where: Sequence[str]) -> str:
         return "expected a whole number of at least 1"
     if key.endswith("seed"):
         return "expected a whole number"
+    if key == "audit":
+        return "expected normal, deep or none"
     return "expected true or false" if key in ("replay", "retrain", "matrix") else "expected a text"
 
 
