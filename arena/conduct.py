@@ -1,4 +1,4 @@
-"""Indicators of what a model may not do while it answers: remember, or optimise."""
+"""Indicators of what a model may not do while it answers: draw numbers in secret, remember, or optimise."""
 
 from __future__ import annotations
 
@@ -6,11 +6,40 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
+from arena import thresholds as t
 from arena.probing import BLACK_BOX, Probe, finding
 from arena.referee import exact
 from arena.specs import Indicator
 from arena.target import pad
+
+
+def hidden_randomness(probe: Probe) -> Indicator:
+    """Ask one copy three times about points near the images; the defense check asked about the images alone."""
+    s = probe.sample
+    if probe.surface.random:
+        return Indicator("hidden_randomness", False, evidence="not looked at: the model says that it is random")
+    points = probe.noise(s, 302)
+    model = probe.build().to(s.x.device)
+    with exact():
+        first, *others = (model(pad(points))[: len(s)].float() for _ in range(3))
+    gap = torch.stack([_gap(first, z) for z in others]).amax(0)
+    return finding(
+        "hidden_randomness",
+        bool((gap > t.SAME).any()),
+        float(gap.max()),
+        t.SAME,
+        f"{int((gap > t.SAME).sum())} of {len(gap)} points near images get other logits each time they are asked for",
+        "declare random = true on the surface, or make forward free of side effects, then play again",
+        fatal=True,
+    )
+
+
+def _gap(a: Tensor, b: Tensor) -> Tensor:
+    """Return the largest change of each row's logits, as a share of their spread; infinite where not finite."""
+    spread = (a.amax(1) - a.amin(1)).clamp_min(1e-12)
+    return ((a - b).abs().amax(1) / spread).nan_to_num(torch.inf)
 
 
 def memory(probe: Probe) -> Indicator:
@@ -26,15 +55,13 @@ def memory(probe: Probe) -> Indicator:
         for seen in (s.x, probe.noise(s, 301), s.x.flip(0)):
             used(pad(seen))
         after = used(pad(points))[: len(s)].float()
-    spread = (alone.amax(1) - alone.amin(1)).clamp_min(1e-12)
-    gap = ((alone - after).abs().amax(1) / spread).nan_to_num(torch.inf)
-    flag = bool((gap > 1e-3).any())
+    gap = _gap(alone, after)
     return finding(
         "memory",
-        flag,
+        bool((gap > t.SAME).any()),
         float(gap.max()),
-        1e-3,
-        f"{int((gap > 1e-3).sum())} of {len(gap)} points get other logits from a copy that has seen images before",
+        t.SAME,
+        f"{int((gap > t.SAME).sum())} of {len(gap)} points get other logits from a copy that has seen images before",
         "an answer may depend on the image alone; make forward forget earlier calls, then play again",
         fatal=True,
     )

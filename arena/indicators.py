@@ -13,7 +13,7 @@ from fractions import Fraction
 import torch
 
 from arena import thresholds as t
-from arena.conduct import memory, optimizes_inside
+from arena.conduct import hidden_randomness, memory, optimizes_inside
 from arena.masking import (
     boundary_jump,
     gradient_agreement,
@@ -158,6 +158,7 @@ BUILT_IN: dict[str, Callable[[Probe], Indicator]] = {
         large_eps,
         eps_curve,
         boundary_jump,
+        hidden_randomness,
         memory,
         optimizes_inside,
         planted,

@@ -8,27 +8,24 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from arena import thresholds
 from arena.arrangement import Arrangement, indices_hash
 from arena.attack import Setup, Unsupported
-from arena.audit import FROM_ROWS, AuditContext, Audited, again, audit, statuses, verdict
+from arena.audit import statuses, verdict
+from arena.auditing import audit_match
 from arena.check import PROBE, changed_parts, check_defense, state_hash
 from arena.contender import seeded
 from arena.datasets import to_float
 from arena.diagnosis import diagnose
 from arena.engine import Outcome, run_iterated, run_plain
-from arena.indicators import BUILT_IN
 from arena.journal import AttackKeeper, Journal
 from arena.lineup import Group, Planned, line_up
 from arena.models import Contender, near_chance
 from arena.plugins import Registry
-from arena.probing import Points, Probe
 from arena.question import Running
 from arena.referee import DRAWS, Judgement, Referee
 from arena.results import (
@@ -71,18 +68,18 @@ class Playing:
         self.y = images.y_test[arranged.index].to(device)
         self.index = arranged.index.to(device)
         self.surface = contender.surface
-        self.referee = Referee(self._build(), arranged.threat, self.surface.random, device)
+        self.referee = Referee(self.build(), arranged.threat, self.surface.random, device)
         self.n_classes = images.n_classes
         """Width of the logits, known after the check; at least the data set's classes."""
         self.examples: dict[int, Tensor] = {}
         """The first verified break of each point, by position."""
 
-    def _build(self) -> torch.nn.Module:
+    def build(self) -> torch.nn.Module:
         return self.contender.build().to(self.running.device)
 
     def _search_copy(self) -> None:
         """Give the attacks a fresh copy of the model, and note what it looks like."""
-        model = self._build()
+        model = self.build()
         self.target = Target(
             model,
             self.surface,
@@ -97,7 +94,7 @@ class Playing:
     def run(self) -> tuple[dict[str, Any], Outcomes]:
         """Play everything; return the record and what became of each point."""
         arranged, images = self.arranged, self.arranged.images
-        self.n_classes, findings = check_defense(self._build, self.surface, self.x, self.y, images.n_classes)
+        self.n_classes, findings = check_defense(self.build, self.surface, self.x, self.y, images.n_classes)
         self.correct = (self.referee.score(self.x, self.y, self.index).predicted == self.y).cpu()
         natural, interval = share(self.correct)
         groups = line_up(arranged.entries, self.registry, self.surface, arranged.threat, self.n_classes)
@@ -318,7 +315,7 @@ class Playing:
         record["diagnosis"] = self._diagnosis(findings, x_adv)
         problems = [f"{g.name}: {problem}" for g in groups for problem in g.problems]
         indicators = [*findings, *statuses(record, problems)]
-        audited = self._audit(record, rows, indicators, standing)
+        audited = audit_match(self, record, rows, indicators, standing)
         indicators += audited.indicators if audited else ()
         record["audit"] = {
             "verdict": verdict(indicators, audited is not None),
@@ -338,51 +335,8 @@ class Playing:
         outcomes = Outcomes.of(self.arranged.index, self.correct, self.correct & ~standing)
         return record, outcomes
 
-    def _audit(
-        self, record: dict[str, Any], rows: list[Played], findings: list[Indicator], standing: Tensor
-    ) -> Audited | None:
-        """Look for signs that the attacks failed; None where it was left out or there was nothing to attack."""
-        nothing = self.arranged.threat.radius == 0 or not bool(self.correct.any())
-        if self.running.audit == "none" or nothing or any(i.flag and i.fatal for i in findings):
-            return None
-        deep = self.running.audit == "deep"
-        size = thresholds.SAMPLE_DEEP if deep else thresholds.SAMPLE
-        target = Target(
-            self._build(),
-            self.surface,
-            self.n_classes,
-            self.running.batch_size or DEFAULT_BATCH,
-            self.running.device,
-        )
-        stream = Stream.of(self.arranged.question.seed, "audit")
-        probe = Probe(
-            target,
-            self.referee,
-            self._build,
-            self.arranged.threat,
-            self._points(self.correct, size),
-            self._points(standing, size),
-            stream,
-            self.registry,
-            partial(again, record),
-            deep,
-            any(r["name"] == "adaptive" and r["complete"] for r in record["rosters"]),
-        )
-        context = AuditContext(record, tuple(findings), tuple(rows), probe)
-        clock = time.monotonic()
-        self.watch.phase("audit", len(FROM_ROWS) + len(BUILT_IN), "indicators")
-        with seeded(int(stream.bits(self.index[:1], 0, 0, 1)[0, 0])):
-            found = audit(context, self.watch.advance)
-            found += tuple(self.registry.audit(context))
-        return Audited(found, target.meter.forwards, target.meter.backwards, round(time.monotonic() - clock, 3))
-
-    def _points(self, mask: Tensor, size: int) -> Points:
-        """Return the first points of a mask (n,): a constant of the data set, as the match's own are."""
-        rows = mask.nonzero().squeeze(1)[:size].to(self.x.device)
-        return Points(self.x[rows], self.y[rows], self.index[rows])
-
     def _diagnosis(self, findings: list[Indicator], x_adv: Tensor) -> dict[str, Any] | None:
         if any(i.flag and i.fatal for i in findings):
             return None
-        model = self._build()
+        model = self.build()
         return diagnose(model, self.surface, self.x, self.y, x_adv.to(self.x.device), self.n_classes)

@@ -62,3 +62,5 @@ PLANTED = 0.8
 ADAPTIVE = 0.03
 #: Share of points broken only by attacks without gradients, in the match itself, above which gradients were blind.
 GRADIENT_FREE = 0.02
+#: Change of an answer, as a share of the logits' spread, that rounding does not explain.
+SAME = 1e-3

@@ -130,6 +130,15 @@ class Remembering(nn.Module):
         return out
 
 
+class RandomOffImages(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(torch.where(on_grid(x), x, x + 0.1 * torch.randn_like(x)))
+
+
 class Optimizing(nn.Module):
     def __init__(self, model):
         super().__init__()
@@ -187,6 +196,7 @@ PLANTED = {
     "eps_curve": (indicators.eps_curve, lambda b: lambda: Branching(b[0]), {"eps": "1"}),
     "budget_still_gains": (indicators.budget_still_gains, lambda b: lying(b, few_pixels_at_a_time), {"eps": "0.03"}),
     "still_breaks": (indicators.still_breaks, lambda b: lambda: b[0], {"eps": "0.3"}),
+    "hidden_randomness": (conduct.hidden_randomness, lambda b: lambda: RandomOffImages(b[0]), {}),
     "memory": (conduct.memory, lambda b: lambda: Remembering(b[0]), {}),
     "optimizes_inside": (conduct.optimizes_inside, lambda b: lambda: Optimizing(b[0]), {}),
     "planted, no gradient": (planting.planted, lambda b: lying(b, lambda g, x: 0 * g), {}),
