@@ -132,6 +132,25 @@ def adaptive_beats_standard(context: AuditContext) -> Indicator:
     )
 
 
+def silent_success(context: AuditContext) -> Indicator:
+    """Count points that an attack saw broken on its way and handed over unbroken."""
+    rows = [p for p in context.played if p.silent]
+    lost = sum(p.silent for p in rows)
+    return Indicator(
+        "silent_success",
+        lost >= t.FEWEST,
+        lost,
+        t.FEWEST,
+        f"{lost} points were seen broken inside the ball and handed over unbroken by "
+        + ", ".join(dict.fromkeys(p.planned.name for p in rows))
+        if lost
+        else "",
+        "the attack forgets its best point, mend it; until then: " + again(context.record, "pgd,autoattack")
+        if lost >= t.FEWEST
+        else "",
+    )
+
+
 def heads_and_output(context: AuditContext) -> Indicator:
     """Say how far heads and output agree at broken points: information, no flag."""
     heads = (context.record.get("diagnosis") or {}).get("heads") or {}
@@ -163,7 +182,7 @@ def _only(some: Sequence[Played], others: Sequence[Played]) -> tuple[int, int]:
 
 
 FROM_ROWS: dict[str, Callable[[AuditContext], Indicator]] = {
-    f.__name__: f for f in (gradient_free_beats_gradients, adaptive_beats_standard, heads_and_output)
+    f.__name__: f for f in (gradient_free_beats_gradients, adaptive_beats_standard, silent_success, heads_and_output)
 }
 
 

@@ -25,6 +25,7 @@ from arena.engine import Outcome, run_iterated, run_plain
 from arena.journal import AttackKeeper, Journal
 from arena.lineup import Group, Planned, line_up
 from arena.models import Contender, near_chance
+from arena.observing import Observed
 from arena.plugins import Registry
 from arena.question import Running
 from arena.referee import DRAWS, Judgement, Referee
@@ -73,6 +74,8 @@ class Playing:
         """Width of the logits, known after the check; at least the data set's classes."""
         self.examples: dict[int, Tensor] = {}
         """The first verified break of each point, by position."""
+        self.seen: set[int] = set()
+        """Data-set indices of points that the attack at work saw broken, whatever it hands over."""
 
     def build(self) -> torch.nn.Module:
         return self.contender.build().to(self.running.device)
@@ -142,6 +145,7 @@ class Playing:
             played.attempted = met.clone()
             return played
         name = hashlib.sha256(f"{group.name}\n{planned.name}".encode()).hexdigest()[:12]
+        self.seen = set()
         keeper = self.journal.keeper(f"{number:03d}-{name}")
         before = keeper.seconds()
         try:
@@ -165,7 +169,8 @@ class Playing:
         stream = Stream.of(arranged.question.seed, planned.name)
         if spec.iterate:
             setup = Setup(arranged.threat, self.n_classes, self.surface, arranged.images.shape, stream)
-            attack = load(spec.iterate)(setup, **planned.options)
+            attack = Observed(load(spec.iterate)(setup, **planned.options), arranged.threat)
+            self.seen = attack.seen
             draws = DRAWS if self.surface.random else 1
             self.watch.phase(planned.name, len(x) * attack.passes()[0] * draws, "forwards")
             # A random model draws from the global generator: the same match draws the same numbers.
@@ -208,6 +213,9 @@ class Playing:
         played.attempted[rows] = outcome.attempted.cpu() & ~unlucky
         played.broken[rows] = broken
         played.nonfinite = verdict.nonfinite
+        if not self.surface.random:
+            held = self.index[rows[~broken]].tolist()
+            played.silent = sum(i in self.seen for i in held)
         played.forwards, played.backwards = int(outcome.forwards.sum()), int(outcome.backwards.sum())
         played.borderline = verdict.borderline
         played.violations = dict(verdict.violations)

@@ -301,7 +301,7 @@ def played(name, knowledge, broken, group="x"):
     planned = SimpleNamespace(name=name, spec=spec)
     mask = torch.zeros(50, dtype=torch.bool)
     mask[list(broken)] = True
-    return SimpleNamespace(planned=planned, broken=mask, met=torch.ones(50, dtype=torch.bool), group=group)
+    return SimpleNamespace(planned=planned, broken=mask, silent=0, met=torch.ones(50, dtype=torch.bool), group=group)
 
 
 RECORD = {

@@ -393,6 +393,17 @@ def test_nothing_is_audited_where_nothing_can_be_attacked(registry):
     assert (record["audit"]["verdict"], record["audit"]["forwards"]) == ("void", 0)
 
 
+def test_an_attack_that_forgets_what_it_saw_is_named(registry):
+    record = audited(registry, vs=("forgets", "pgd"), eps="0.5")
+    row, honest = record["attacks"]
+    assert (row["status"], row["broken"], honest["silent"]) == ("ok", 0, 0)
+    assert row["silent"] >= 3
+    (found,) = (i for i in record["audit"]["indicators"] if i["name"] == "silent_success")
+    assert found["flag"]
+    assert f"{row['silent']} points" in found["evidence"]
+    assert "forgets" in found["evidence"]
+
+
 def test_a_plugins_indicator_sees_the_probe_and_counts(registry, monkeypatch):
     seen = []
 
