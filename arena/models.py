@@ -11,7 +11,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,19 @@ from arena.errors import ArenaError, PluginError
 from arena.home import atomic_write, home, lock
 from arena.plugins import Registered, Registry
 from arena.schedule import Schedule
-from arena.specs import BackboneSpec, DatasetSpec, DefenseSpec, Preset, Value, canonical, chosen, complete, load, text
+from arena.specs import (
+    BackboneSpec,
+    DatasetSpec,
+    DefenseSpec,
+    Preset,
+    Value,
+    canonical,
+    chosen,
+    complete,
+    load,
+    on_dataset,
+    text,
+)
 from arena.surface import Surface, surface_from_toml
 from arena.threat import Threat
 from arena.training import Fitted, Stage, fit, seed_of, supports
@@ -340,14 +352,15 @@ def plan(
             raise ArenaError(f"'{defense_text}': a model of your own takes no --backbone, got '{backbone}'")
         return plan_own(defense_text, train_seed=train_seed, checkpoint=checkpoint, surface=surface)
     name, given = entries.parse(defense_text)
+    data = describe(dataset, registry)
     defense = registry.get("defense", name)
+    defense = replace(defense, spec=on_dataset(defense.spec, data.name))
     spec: DefenseSpec = defense.spec
     owner = f"defense '{name}'"
     known = {**spec.options, **spec.eval_options}
     completed = complete(owner, known, given)
     options = {k: completed[k] for k in spec.options}
     eval_options = {k: completed[k] for k in spec.eval_options}
-    data = describe(dataset, registry)
     base, base_given = entries.parse(backbone or data.backbone)
     found = registry.get("backbone", base)
     base_options = complete(f"backbone '{base}'", found.spec.options, base_given)

@@ -10,7 +10,7 @@ import importlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -276,6 +276,8 @@ class DefenseSpec:
     """What changes only the use of them; set with ``apply(model, **eval_options)``."""
     apply: str | None = None
     """``package.module:function(model, **eval_options)``, run on the trained model; needed with eval options."""
+    defaults: Mapping[str, Options] = field(default_factory=dict)
+    """Option defaults that differ on a data set: ``{"svhn": {"lam": 0.05}}``."""
     presets: Mapping[str, Preset] = field(default_factory=dict)
     """By data set (``digits``) or data set and backbone (``cifar10/wrn34_10``); ``*`` is the fallback."""
     training_version: int = 1
@@ -294,6 +296,21 @@ class DefenseSpec:
     def exposed(self) -> Exposed | None:
         """What the surface declares: nothing without a surface, None where the author does not say."""
         return Exposed() if self.surface is None else self.exposes
+
+
+def on_dataset(spec: DefenseSpec, dataset: str) -> DefenseSpec:
+    """Return the spec with the option defaults of a data set in place.
+
+    Raises:
+        PluginError: ``defaults`` name an option that the defense lacks.
+        ArenaError: a default that its option does not allow.
+    """
+    own = spec.defaults.get(dataset, {})
+    for name in own:
+        if name not in spec.options:
+            raise PluginError(f"defense '{spec.name}': defaults of '{dataset}': no option '{name}'")
+    checked = {k: spec.options[k].check(f"defense '{spec.name}'", k, v) for k, v in own.items()}
+    return replace(spec, options={k: replace(o, default=checked.get(k, o.default)) for k, o in spec.options.items()})
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ read through ``arena.surface.Reader``, so a defense's ``forward`` returns logits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -43,34 +43,70 @@ class Context:
     x_adv: Tensor | None = field(default=None, repr=False)
     """The batch's adversarial images, where the stage has an adversary."""
 
+    def climb(
+        self,
+        objective: Callable[[Tensor], Tensor],
+        x: Tensor,
+        start: str = "uniform",
+        threat: Threat | None = None,
+    ) -> Tensor:
+        """Raise ``objective`` (points (N, C, H, W) -> values (N,)) by the preset's steps within ``threat``, by default
+        the one trained against (``arena.inner.ascend``). The caller puts the model in eval mode."""
+        within = threat or self.threat
+        return ascend(
+            objective,
+            x,
+            within,
+            steps=self.preset.steps,
+            step=step_of(within, self.preset.step_size),
+            start=start,
+            generator=self.generator,
+        )
+
 
 class Stage(Protocol):
-    """One stage of a recipe. The loop (``arena.training.fit``) owns batches, schedule, checkpoints and resume."""
+    """One stage of a recipe. The loop (``arena.training.fit``) owns batches, schedule, checkpoints and resume.
+
+    A class that derives from it says only what is different: by default all parameters are trained, by one SGD, for the
+    preset's epochs, without an inner attack.
+    """
 
     @property
     def start_from(self) -> str | None:
         """``None``: the model as it stands (fresh, or after the previous stage); else a defense's text whose weights
         are copied wherever name and shape agree."""
+        return None
 
     @property
     def adversarial(self) -> bool:
         """Whether the stage trains against a threat model, which is then part of the model's training key."""
+        return False
 
     def epochs(self, preset: Preset) -> int:
         """Return the stage's number of epochs."""
-        ...
+        return preset.epochs
 
     def trainable(self, model: nn.Module) -> Iterable[nn.Parameter]:
         """Return the parameters this stage may change; all others are frozen."""
-        ...
+        return model.parameters()
 
     def optimizers(self, model: nn.Module, ctx: Context) -> list[torch.optim.Optimizer]:
         """Make the optimizers; the loop scales their rates by the preset's schedule."""
-        ...
+        p = ctx.preset
+        return [torch.optim.SGD(self.trainable(model), lr=p.lr, momentum=p.momentum, weight_decay=p.weight_decay)]
 
     def adversary(self, ctx: Context) -> Adversary | None:
         """Return the inner attack, or None; it runs inside a training step with the model in train mode."""
-        ...
+        return None
+
+    @property
+    def second_order(self) -> bool:
+        """Whether the loss differentiates gradients, which takes fp32."""
+        return False
+
+    def score(self, entry: Mapping[str, Any]) -> tuple[float, ...]:
+        """Return what the best epoch is chosen by, larger is better, of an epoch's losses and held-out accuracies."""
+        return (entry.get("pgd", 0.0), entry["natural"])
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scalar to lower and detached scalars to log. Runs inside a training step, in train mode; labels
@@ -116,7 +152,7 @@ def probability(z: Tensor, y: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Usual:
+class Usual(Stage):
     """The usual stage: term(logits) + lam * mean over heads of term(head), term by ``recipe``.
 
     Natural and adversarial batches are separate forward passes.
@@ -143,19 +179,6 @@ class Usual:
         """Whether there is an inner attack."""
         return self.recipe != "rt"
 
-    def epochs(self, preset: Preset) -> int:
-        """Return the preset's epochs."""
-        return preset.epochs
-
-    def trainable(self, model: nn.Module) -> Iterable[nn.Parameter]:
-        """Train everything."""
-        return model.parameters()
-
-    def optimizers(self, model: nn.Module, ctx: Context) -> list[torch.optim.Optimizer]:
-        """Make one SGD with the preset's rate, momentum and weight decay."""
-        p = ctx.preset
-        return [torch.optim.SGD(self.trainable(model), lr=p.lr, momentum=p.momentum, weight_decay=p.weight_decay)]
-
     def adversary(self, ctx: Context) -> Adversary | None:
         """Return projected gradient ascent, in eval mode, on this recipe's objective (papers.md 2.3, 3.2, 7)."""
         if not self.adversarial:
@@ -168,15 +191,7 @@ class Usual:
                 if self.recipe == "trades":
                     with torch.no_grad():
                         natural = ctx.read(x)
-                return ascend(
-                    lambda point: self.objective(ctx.read(point), natural, y),
-                    x,
-                    ctx.threat,
-                    steps=ctx.preset.steps,
-                    step=step_of(ctx.threat, ctx.preset.step_size),
-                    start=start,
-                    generator=ctx.generator,
-                )
+                return ctx.climb(lambda point: self.objective(ctx.read(point), natural, y), x, start)
 
         return attack
 

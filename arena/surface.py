@@ -21,7 +21,13 @@ from arena.errors import ArenaError, nearest
 from arena.selection import Select
 
 WRAPPERS = ("module", "_orig_mod")
-_TYPES: dict[str, tuple[type, ...]] = {"call": (int,), "clean": (int,), "output": (int, str), "values": (list,)}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "call": (int,),
+    "clean": (int,),
+    "output": (int, str),
+    "answers": (bool,),
+    "values": (list,),
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class Head:
     """Which call of the module in one forward pass, from 0."""
     output: int | str | None = None
     """Index or key into the module's output, if it is a tuple or a dict."""
+    answers: bool = True
+    """Whether it is trained to name the true class; one trained to name a wrong one is no guide to the decision."""
 
 
 @dataclass(frozen=True)

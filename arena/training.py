@@ -33,7 +33,7 @@ from arena.stages import Context, Stage, Usual
 from arena.surface import Reader, Surface
 from arena.threads import one_thread, small
 from arena.threat import Threat
-from arena.validation import judge, looks, score
+from arena.validation import judge, looks
 from arena.watch import Watch
 
 __all__ = ["Context", "Fitted", "Stage", "Usual", "fit", "split", "supports"]
@@ -160,7 +160,7 @@ def fit(
                     entry: dict[str, Any] = {"stage": s, "epoch": epoch + 1, **losses}
                     if looks(epoch, total):
                         entry |= judge(model, read, ctx, check.x, check.y, adversarial=stage.adversarial, world=world)
-                        if not best or score(entry) >= score(best):
+                        if not best or stage.score(entry) >= stage.score(best):
                             best = entry
                             if world.first:
                                 write_weights(folder / "best.safetensors", model.state_dict())
@@ -194,7 +194,7 @@ def fit(
 
 def _precision(name: str, stages: Sequence[Stage], precision: str) -> None:
     """Refuse mixed precision for gradients of gradients: what a loss says of their direction is lost in 8 bits."""
-    if precision != "fp32" and any(getattr(stage, "second_order", False) for stage in stages):
+    if precision != "fp32" and any(stage.second_order for stage in stages):
         raise ArenaError(f"--precision {precision}: '{name}' differentiates gradients, which takes fp32")
 
 

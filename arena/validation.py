@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +25,6 @@ def looks(epoch: int, total: int) -> bool:
     return (total - 1 - epoch) % max(1, total // LOOKS) == 0
 
 
-def score(entry: Mapping[str, Any]) -> tuple[float, float]:
-    """Return what the best epoch is chosen by: accuracy under attack, then natural accuracy."""
-    return (entry.get("pgd", 0.0), entry["natural"])
-
-
 def judge(
     model: nn.Module,
     read: Callable[[Tensor], Reading],
@@ -44,17 +38,18 @@ def judge(
     """Return percentages over images ``x`` (N, C, H, W), as stored, with labels ``y``: ``natural`` and, if
     ``adversarial``, ``pgd``. Processes of a ``world`` take turns at the chunks and all return the same.
 
-    The attack is the preset's number of uniform-start steps of eps/4 on CE(logits) + mean CE(heads): the heads are in
-    it because a mask chosen by a head hides the logits' gradient from the decision.
+    The attack is the preset's number of uniform-start steps of eps/4 on CE(logits) + mean CE(heads that answer):
+    those are in it because a mask chosen by a head hides the logits' gradient from the decision.
     """
     world = world or World()
 
     def objective(point: Tensor, labels: Tensor) -> Tensor:
         seen = read(point)
         value = F.cross_entropy(seen.logits, labels, reduction="none")
-        heads = [F.cross_entropy(z, labels, reduction="none") for z in seen.heads.values()]
+        heads = [F.cross_entropy(seen.heads[name], labels, reduction="none") for name in answering]
         return value + torch.stack(heads).mean(0) if heads else value
 
+    answering = [name for name, head in ctx.surface.heads.items() if head.answers]
     right = {"natural": 0.0, "pgd": 0.0} if adversarial else {"natural": 0.0}
     with evaluating(model):
         for number, rows in enumerate(torch.arange(len(y), device=x.device).split(CHUNK)):

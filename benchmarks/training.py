@@ -121,7 +121,7 @@ def epoch(found: TrainedPlan, device: torch.device) -> tuple[float, int]:
 
 def bare_step(found: TrainedPlan, device: torch.device, batch: int, steps: int, precision: str) -> Callable[[], None]:
     """Return a step's passes and nothing else: ``steps`` gradients of the images, one of the weights."""
-    model = found._make().to(device, memory_format=torch.channels_last).eval()
+    model = found._make().to(device).to(memory_format=torch.channels_last).eval()
     x = torch.rand(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
     y = torch.arange(batch, device=device) % 10
     passing = (lambda: torch.autocast(device.type, torch.bfloat16)) if precision == "bf16" else nullcontext

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arena.inner import ascend, evaluating, step_of
-from arena.specs import Preset, Value
+from arena.inner import evaluating
+from arena.specs import Preset, Value, text
 from arena.stages import Adversary, Context, Stage, divergence, mart, probability, trades
 from arena.threat import Threat
 
 from .afa import gates, through
+from .iat import draw
 
 #: Stage II has a fifth of stage I's epochs and a tenth of its rate, and drops the rate halfway (20, 0.01 and 10).
 SHARE, SLOWER = 5, 10
@@ -36,7 +37,7 @@ def weaker(threat: Threat, share: Fraction) -> Threat:
 
 
 @dataclass(frozen=True)
-class Branches:
+class Branches(Stage):
     """Stage I: per batch one update on the sum over branches, everything but the gates.
 
     CE(z_0(x), y) + sum over k >= 1 of L_adv, where z_k is the network through branch k and x_k is made through it, at
@@ -49,22 +50,18 @@ class Branches:
     """``sat``, ``trades``, ``mart`` or ``iat``."""
     k: int = 5
     beta: float = 0.0
-    start_from: str | None = None
+    decay: float = 0.1
+    """Factor on the rate at each milestone."""
     adversarial: bool = True
 
-    def epochs(self, preset: Preset) -> int:
-        """Return the preset's epochs."""
-        return preset.epochs
+    def preset(self, preset: Preset) -> Preset:
+        """Return the preset with this stage's decay."""
+        return replace(preset, decay=self.decay)
 
     def trainable(self, model: nn.Module) -> Iterable[nn.Parameter]:
         """Train all but the gates."""
         frozen = {id(p) for gate in gates(model) for p in gate.parameters()}
         return [p for p in model.parameters() if id(p) not in frozen]
-
-    def optimizers(self, model: nn.Module, ctx: Context) -> list[torch.optim.Optimizer]:
-        """Make one SGD with the preset's settings."""
-        p = ctx.preset
-        return [torch.optim.SGD(self.trainable(model), lr=p.lr, momentum=p.momentum, weight_decay=p.weight_decay)]
 
     def adversary(self, ctx: Context) -> Adversary:
         """Return the attack: for each branch from 1 its images, (K - 1) N of them, branch after branch."""
@@ -83,7 +80,7 @@ class Branches:
                 for branch, share in enumerate(strengths(self.k)[1:], start=1):
                     threat = weaker(ctx.threat, share)
                     with through(model, branch):
-                        made.append(_ascend(objective, x, threat, ctx, start))
+                        made.append(ctx.climb(objective, x, start, threat))
             return torch.cat(made)
 
         return attack
@@ -117,15 +114,12 @@ class Branches:
 
     @staticmethod
     def _mixed(model: nn.Module, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
-        """Return the mixup cross-entropy (Zhang et al., ICLR 2018) with a share from Beta(1, 1) of its own."""
-        share = torch.rand((), generator=ctx.generator, device=x.device)
-        other = torch.randperm(len(x), generator=ctx.generator, device=x.device)
-        z = model(share * x + (1 - share) * x[other])
-        return share * F.cross_entropy(z, y) + (1 - share) * F.cross_entropy(z, y[other])
+        mix = draw(len(x), 1.0, ctx.generator)
+        return mix.cross_entropy(model(mix.images(x)), y)
 
 
 @dataclass(frozen=True)
-class Weighing:
+class Weighing(Stage):
     """Stage II: cross-entropy of the gated network on images of mixed strengths; only the gates learn.
 
     Each image of a batch draws its strength, which only decides how it is attacked: no label says it. All norms but
@@ -135,14 +129,16 @@ class Weighing:
     k: int = 5
     made: str = "gate"
     """Attacks go through the ``gate``, as at test time, or through the ``branch`` of the image's strength."""
-    start_from: str | None = None
+    decay: float = 0.1
+    """Factor on the rate halfway."""
     adversarial: bool = True
 
     def preset(self, preset: Preset) -> Preset:
         """Return stage II's settings: a tenth of the rate, dropped halfway; without milestones one cycle to 0.1."""
         if not preset.milestones:
             return replace(preset, lr=CYCLE_RATE)
-        return replace(preset, lr=preset.lr / SLOWER, milestones=(self.epochs(preset) / 2,))
+        halfway = self.epochs(preset) / 2
+        return replace(preset, lr=preset.lr / SLOWER, milestones=(halfway,), decay=self.decay)
 
     def epochs(self, preset: Preset) -> int:
         """Return a fifth of the preset's epochs, at least one if it has any."""
@@ -151,11 +147,6 @@ class Weighing:
     def trainable(self, model: nn.Module) -> Iterable[nn.Parameter]:
         """Train the gates."""
         return [p for gate in gates(model) for p in gate.parameters()]
-
-    def optimizers(self, model: nn.Module, ctx: Context) -> list[torch.optim.Optimizer]:
-        """Make one SGD with the settings of this stage."""
-        p = ctx.preset
-        return [torch.optim.SGD(self.trainable(model), lr=p.lr, momentum=p.momentum, weight_decay=p.weight_decay)]
 
     def adversary(self, ctx: Context) -> Adversary:
         """Return the attack: each image at a strength drawn for it, strength 0 leaving it as it is."""
@@ -173,7 +164,7 @@ class Weighing:
                         return F.cross_entropy(model(point), y[rows], reduction="none")
 
                     with through(model, branch if self.made == "branch" else None):
-                        made[rows] = _ascend(objective, x[rows], weaker(ctx.threat, share), ctx, "uniform")
+                        made[rows] = ctx.climb(objective, x[rows], threat=weaker(ctx.threat, share))
             return made
 
         return attack
@@ -188,37 +179,27 @@ class Weighing:
         return loss, {"gated": loss.detach()}
 
 
-def _ascend(objective: object, x: Tensor, threat: Threat, ctx: Context, start: str) -> Tensor:
-    return ascend(
-        objective,  # type: ignore[arg-type]
-        x,
-        threat,
-        steps=ctx.preset.steps,
-        step=step_of(threat, ctx.preset.step_size),
-        start=start,
-        generator=ctx.generator,
-    )
+def _stages(recipe: str, options: Mapping[str, Value]) -> Sequence[Stage]:
+    k, decay = int(options.get("k", 5)), float(options.get("decay", 0.1))
+    first = Branches(recipe, k, float(options.get("beta", 0.0)), decay)
+    return [first, Weighing(k, text(options.get("made", "gate")), decay)]
 
 
-def _stages(recipe: str, k: Value, made: Value, beta: Value = 0.0) -> Sequence[Stage]:
-    return [Branches(recipe, int(k), float(beta)), Weighing(int(k), str(made))]
-
-
-def afa_sat(k: Value = 5, made: Value = "gate", **options: Value) -> Sequence[Stage]:
+def afa_sat(**options: Value) -> Sequence[Stage]:
     """AFA over adversarial training."""
-    return _stages("sat", k, made)
+    return _stages("sat", options)
 
 
-def afa_trades(k: Value = 5, made: Value = "gate", beta: Value = 6.0, **options: Value) -> Sequence[Stage]:
+def afa_trades(**options: Value) -> Sequence[Stage]:
     """AFA over TRADES."""
-    return _stages("trades", k, made, beta)
+    return _stages("trades", options)
 
 
-def afa_mart(k: Value = 5, made: Value = "gate", beta: Value = 5.0, **options: Value) -> Sequence[Stage]:
+def afa_mart(**options: Value) -> Sequence[Stage]:
     """AFA over MART."""
-    return _stages("mart", k, made, beta)
+    return _stages("mart", options)
 
 
-def afa_iat(k: Value = 5, made: Value = "gate", **options: Value) -> Sequence[Stage]:
+def afa_iat(**options: Value) -> Sequence[Stage]:
     """AFA over IAT, interpolated adversarial training."""
-    return _stages("iat", k, made)
+    return _stages("iat", options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,21 +45,23 @@ class Cnn(nn.Module):
         return logits
 
 
+def shortcut(inside: int, outside: int, stride: int) -> nn.Module:
+    """Make a residual block's shortcut: nothing, or where the size changes a 1x1 convolution and batch norm."""
+    if stride == 1 and inside == outside:
+        return nn.Sequential()  # not an Identity: a shortcut is no slot
+    return nn.Sequential(nn.Conv2d(inside, outside, 1, stride=stride, bias=False), nn.BatchNorm2d(outside))
+
+
 class Residual(nn.Module):
     """Basic residual block (He et al., CVPR 2016), slot ``out`` after its last ReLU."""
 
-    def __init__(self, inside: int, outside: int, stride: int = 1) -> None:
+    def __init__(self, inside: int, outside: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inside, outside, 3, stride=stride, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(outside)
         self.conv2 = nn.Conv2d(outside, outside, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(outside)
-        # An empty Sequential, not an Identity: a shortcut is no slot.
-        self.shortcut = nn.Sequential()
-        if stride != 1 or inside != outside:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inside, outside, 1, stride=stride, bias=False), nn.BatchNorm2d(outside)
-            )
+        self.shortcut = shortcut(inside, outside, stride)
         self.out = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,20 +71,28 @@ class Residual(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Residual network with a 3x3 stem and no stem pool; ``stages`` lists (channels, blocks, stride)."""
+    """Residual network with a 3x3 stem and no stem pool; ``stages`` lists (channels, blocks, stride).
+
+    ``block(inside, channels, stride)`` makes a block, whose output has ``expansion`` times ``channels``.
+    """
 
     def __init__(
-        self, shape: tuple[int, int, int], n_classes: int, stem: int, stages: tuple[tuple[int, int, int], ...]
+        self,
+        shape: tuple[int, int, int],
+        n_classes: int,
+        stem: int,
+        stages: tuple[tuple[int, int, int], ...],
+        block: Callable[[int, int, int], nn.Module] = Residual,
+        expansion: int = 1,
     ) -> None:
         super().__init__()
         self.stem = Block(shape[0], stem)
         inside = stem
         for number, (channels, blocks, stride) in enumerate(stages, start=1):
-            layers = [
-                Residual(inside if i == 0 else channels, channels, stride if i == 0 else 1) for i in range(blocks)
-            ]
+            outside = expansion * channels
+            layers = [block(inside if i == 0 else outside, channels, stride if i == 0 else 1) for i in range(blocks)]
             self.add_module(f"layer{number}", nn.Sequential(*layers))
-            inside = channels
+            inside = outside
         self.depth = len(stages)
         self.head = nn.Linear(inside, n_classes)
         for module in self.modules():
@@ -107,4 +119,15 @@ def resnet_small(shape: tuple[int, int, int], n_classes: int, width: int = 16) -
 
 def resnet18(shape: tuple[int, int, int], n_classes: int, width: int = 64) -> nn.Module:
     """Build ResNet-18 in its CIFAR form: after layer4 a 32x32 picture is a (512, 4, 4) map at width 64."""
-    return ResNet(shape, n_classes, width, ((width, 2, 1), (2 * width, 2, 2), (4 * width, 2, 2), (8 * width, 2, 2)))
+    return ResNet(shape, n_classes, width, four_stages(width, 2, 2, 2, 2))
+
+
+def resnet34(shape: tuple[int, int, int], n_classes: int, width: int = 64) -> nn.Module:
+    """Build ResNet-34 in its CIFAR form: the maps of ResNet-18, stages of 3, 4, 6 and 3 blocks."""
+    return ResNet(shape, n_classes, width, four_stages(width, 3, 4, 6, 3))
+
+
+def four_stages(width: int, *blocks: int) -> tuple[tuple[int, int, int], ...]:
+    """Return (channels, blocks, stride) of ResNet's four stages: each after the first halves the map and has twice the
+    channels."""
+    return tuple((width * 2**i, n, 1 if i == 0 else 2) for i, n in enumerate(blocks))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbones import MEAN, SCALE, Block
+from .backbones import MEAN, SCALE, Block, ResNet, four_stages, shortcut
 
 Shape = tuple[int, int, int]
 
@@ -132,11 +132,7 @@ class Bottleneck(nn.Module):
         self.norm2 = nn.BatchNorm2d(middle)
         self.conv3 = nn.Conv2d(middle, outside, 1, bias=False)
         self.norm3 = nn.BatchNorm2d(outside)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or inside != outside:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inside, outside, 1, stride=stride, bias=False), nn.BatchNorm2d(outside)
-            )
+        self.shortcut = shortcut(inside, outside, stride)
         self.out = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,34 +140,6 @@ class Bottleneck(nn.Module):
         a = F.relu(self.norm2(self.conv2(a)))
         found: Tensor = self.out(F.relu(self.norm3(self.conv3(a)) + self.shortcut(x)))
         return found
-
-
-class ResNet50(nn.Module):
-    """ResNet-50 in its CIFAR form: 3x3 stem, no stem pool, stages of 3, 4, 6 and 3 bottleneck blocks."""
-
-    def __init__(self, shape: Shape, n_classes: int, width: int) -> None:
-        super().__init__()
-        self.stem = Block(shape[0], width)
-        inside = width
-        for number, blocks in enumerate((3, 4, 6, 3), start=1):
-            middle = width * 2 ** (number - 1)
-            stride = 1 if number == 1 else 2
-            layers = [
-                Bottleneck(inside if i == 0 else 4 * middle, middle, stride if i == 0 else 1) for i in range(blocks)
-            ]
-            self.add_module(f"layer{number}", nn.Sequential(*layers))
-            inside = 4 * middle
-        self.head = nn.Linear(inside, n_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.stem((x - MEAN) * SCALE)
-        for number in range(1, 5):
-            a = self.get_submodule(f"layer{number}")(a)
-        logits: Tensor = self.head(torch.flatten(F.adaptive_avg_pool2d(a, 1), 1))
-        return logits
 
 
 def vgg16(shape: Shape, n_classes: int, width: int = 64) -> nn.Module:
@@ -212,4 +180,4 @@ def wrn16_8(shape: Shape, n_classes: int, width: int = 8) -> nn.Module:
 
 def resnet50(shape: Shape, n_classes: int, width: int = 64) -> nn.Module:
     """Build ResNet-50 in its CIFAR form: after layer4 a 32x32 picture is a (2048, 4, 4) map at width 64."""
-    return ResNet50(shape, n_classes, width)
+    return ResNet(shape, n_classes, width, four_stages(width, 3, 4, 6, 3), Bottleneck, expansion=4)

@@ -16,6 +16,11 @@ def _stages(name: str, *blocks: int) -> tuple[str, ...]:
     return tuple(f"{name}{i}.{j}.out" for i, n in enumerate(blocks, start=1) for j in range(n))
 
 
+def _resnet(name: str, summary: str, module: str, *blocks: int) -> BackboneSpec:
+    slots = ("stem.out", *_stages("layer", *blocks))
+    return BackboneSpec(name, summary, f"arena_defenses.{module}:{name}", slots, _width(64), paper=_RESNET)
+
+
 def _wrn(name: str, summary: str, blocks: int, width: int) -> BackboneSpec:
     inside = (f"block{i}.{j}.{point}" for i in (1, 2, 3) for j in range(blocks) for point in ("branch", "out"))
     return BackboneSpec(
@@ -49,21 +54,13 @@ def backbones() -> list[BackboneSpec]:
             ("stem.out", "layer1.0.out", "layer2.0.out", "layer2.1.out"),
             _width(16),
         ),
-        BackboneSpec(
-            "resnet18",
-            "ResNet-18 in its CIFAR form: 3x3 stem, no stem pool",
-            "arena_defenses.backbones:resnet18",
-            ("stem.out", *_stages("layer", 2, 2, 2, 2)),
-            _width(64),
-            paper=_RESNET,
-        ),
-        BackboneSpec(
+        _resnet("resnet18", "ResNet-18 in its CIFAR form: 3x3 stem, no stem pool", "backbones", 2, 2, 2, 2),
+        _resnet("resnet34", "ResNet-34 in its CIFAR form: OAT's network for CIFAR-10", "backbones", 3, 4, 6, 3),
+        _resnet(
             "resnet50",
             "ResNet-50 in its CIFAR form: the papers' source of transferred examples",
-            "arena_defenses.backbones_large:resnet50",
-            ("stem.out", *_stages("layer", 3, 4, 6, 3)),
-            _width(64),
-            paper=_RESNET,
+            "backbones_large",
+            *(3, 4, 6, 3),
         ),
         BackboneSpec(
             "vgg16",

@@ -15,6 +15,9 @@ _K = Option(
 _GATE = Option("single", "one gate after the stem convolution, or each batch norm its own", ("single", "each"))
 _HIDDEN = Option(64, "channels inside a gate", low=1, high=512)
 _MADE = Option("gate", "stage II attacks through the gate, or through the branch of the strength", ("gate", "branch"))
+_DECAY = Option(
+    0.1, "factor on the rate at each milestone, 0 to 1 (the paper prints 0.9; 0.1 is likely meant)", low=0, high=1
+)
 _W0 = Option(-1.0, "hold the gate at this weight of the clean norm, 0 to 1; -1: the gate decides", low=-1, high=1)
 
 _AFA = Preset(100, lr=0.1, weight_decay=5e-4, milestones=(75, 90), augment="crop_flip")
@@ -38,7 +41,7 @@ def _afa(recipe: str, base: str, published: dict[str, float], **more: Option) ->
         paper="AFA: Adaptive Feature Alignment",
         module="afa",
         twin=recipe,
-        options={"k": _K, "gate": _GATE, "hidden": _HIDDEN, "made": _MADE, **more},
+        options={"k": _K, "gate": _GATE, "hidden": _HIDDEN, "made": _MADE, "decay": _DECAY, **more},
         eval_options={"w0": _W0},
         apply="arena_defenses.afa:apply",
         presets=presets(_AFA, digits=_AFA_DIGITS, svhn=_AFA_SVHN),

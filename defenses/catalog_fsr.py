@@ -22,7 +22,7 @@ _OPTIONS = {
     "aux": Option("linear", "auxiliary layer on the pooled map: linear (code) or mlp (paper)", ("linear", "mlp")),
     "separation": Option(True, "false: ablation, recalibrate the whole map"),
     "recalibration": Option(True, "false: ablation, pass on the robust part alone"),
-    "slot": Option("auto", "backbone slot that holds the module; auto: the last one"),
+    "slot": Option("auto", "backbone slot that holds the module; auto: the last one, in vgg16 block4.2.out"),
 }
 _AUX_ON = Option("adversarial", "images of the auxiliary losses; the paper does not say", ("adversarial", "natural"))
 _EVAL = {

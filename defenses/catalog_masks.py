@@ -50,7 +50,7 @@ _LABELS = Option("true", "training masks by the true label, or by the module's o
 _LAM = "weight of the auxiliary heads' mean loss, at least 0"
 _LAM_2 = Option(2.0, _LAM, low=0)
 _LAM_TRADES = Option(2.0, _LAM + " (paper: 2; official code: 0.5)", low=0)
-_LAM_EWAS = Option(0.01, _LAM + " (papers: 0.01 on CIFAR-10, 0.05 on SVHN)", low=0)
+_LAM_EWAS = Option(0.01, _LAM + " (0.05 on SVHN, as in the paper)", low=0)
 _BETA = "weight of the divergence, at least 0"
 _INNER = Option("full", "inner attack climbs the full loss (paper) or the heads' alone (code)", ("full", "aux"))
 _MASK = Option("label", "masks in the inner attack: true label (code) or own argmax", ("label", "argmax"))
@@ -186,6 +186,7 @@ def _spec(
         options=options,
         eval_options={"index": _INDEX} if module is _FGAA else {},
         apply="arena_defenses.masks:follow" if module is _FGAA else None,
+        defaults={"svhn": {"lam": 0.05}} if module is _EWAS else {},
         presets=settings,
         published=published,
         published_on=module.on if published else "",

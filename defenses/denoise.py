@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arena.backbones import DatasetInfo, place, slot_shapes
-from arena.errors import ArenaError
 from arena.specs import Value, text
 from arena.stages import Context, Usual
 from arena.training import Stage
+
+from .placement import ends, first
 
 
 class NonLocal(nn.Module):
@@ -60,12 +61,6 @@ class Denoise(nn.Module):
         return found
 
 
-def stage_ends(shapes: dict[str, tuple[int, int, int]]) -> list[str]:
-    """Return the last slot of each run of slots with maps of equal shape (C, H, W)."""
-    names = list(shapes)
-    return [a for a, b in zip(names, [*names[1:], None], strict=True) if b is None or shapes[b] != shapes[a]]
-
-
 def build(
     backbone: nn.Module, dataset: DatasetInfo, kind: Value = "gaussian", at: Value = "stages", **options: Value
 ) -> nn.Module:
@@ -74,10 +69,11 @@ def build(
     Raises:
         ArenaError: the backbone has no slots.
     """
-    shapes = slot_shapes(backbone, dataset.shape, dataset.slots)
-    if not shapes:
-        raise ArenaError(f"denoising: backbone '{dataset.backbone}' has 0 slots, expected at least 1")
-    chosen = stage_ends(shapes) if text(at) == "stages" else list(shapes)[:2]
+    if text(at) == "stages":
+        chosen = ends(backbone, dataset, "denoising")
+    else:
+        chosen = first(backbone, dataset, "denoising", 2)
+    shapes = slot_shapes(backbone, dataset.shape, tuple(chosen))
     return place(backbone, {slot: Denoise(shapes[slot][0], text(kind)) for slot in chosen})
 
 

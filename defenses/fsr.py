@@ -1,6 +1,6 @@
 """FSR, feature separation and recalibration (Kim et al., CVPR 2023): papers.md section 4.
 
-One module after the last stage. A separation net marks each activation as robust or not; a recalibration net mends the
+One module late in the network. A separation net marks each activation as robust or not; a recalibration net mends the
 non-robust part before it joins the robust one. The mask is random in training and deterministic in eval mode, so the
 inner attack, which runs in eval mode, meets the mask of test time.
 """
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from arena.backbones import DatasetInfo, place, slot_shapes
 from arena.errors import ArenaError, unknown
-from arena.inner import ascend, evaluating, step_of
+from arena.inner import evaluating
 from arena.specs import Value, text
 from arena.stages import Adversary, Context, Usual, divergence
 from arena.surface import Gate, Head, Knob, Surface
 from arena.training import Stage
+
+from .placement import deep
 
 #: What the module may pass on: f+, f-, f~-, or their sum f+ + f~-.
 READOUTS = ("full", "robust", "nonrobust", "recalibrated")
@@ -122,17 +124,12 @@ def build(
     recalibration: Value = True,
     **options: Value,
 ) -> nn.Module:
-    """Place the module in ``slot``; ``auto`` is the last one.
+    """Place the module in ``slot`` (``placement.deep``).
 
     Raises:
         ArenaError: no such slot, none at all, or both parts are switched off.
     """
-    reached = list(slot_shapes(backbone, dataset.shape, dataset.slots))
-    if not reached:
-        raise ArenaError(f"fsr: backbone '{dataset.backbone}' has 0 slots, expected at least 1")
-    where = reached[-1] if text(slot) == "auto" else text(slot)
-    if where not in reached:
-        raise unknown(f"slot of backbone '{dataset.backbone}'", where, reached)
+    where = deep(backbone, dataset, "fsr", slot)
     if not (separation or recalibration):
         raise ArenaError("fsr: separation=false and recalibration=false leave nothing, expected at most one of them")
     module = Recalibration(
@@ -145,7 +142,20 @@ def build(
         separate=bool(separation),
         recalibrate=bool(recalibration),
     )
+    draw(module, dataset.backbone)
     return place(backbone, {where: module})
+
+
+def draw(module: nn.Module, backbone: str) -> None:
+    """Draw the initial weights as the official code does (papers.md 4.1): in VGG16 and wide residual networks
+    convolutions from N(0, 2 / (9 C_out)), in VGG16 linear layers from N(0, 0.01^2); elsewhere torch's own."""
+    if backbone == "vgg16" or backbone.startswith("wrn"):
+        for part in module.modules():
+            if isinstance(part, nn.Conv2d):
+                nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(part, nn.Linear) and backbone == "vgg16":
+                nn.init.normal_(part.weight, std=0.01)
+                nn.init.zeros_(part.bias)
 
 
 def find(model: nn.Module) -> tuple[str, Recalibration]:
@@ -173,7 +183,10 @@ def apply(model: nn.Module, readout: Value = "full", test_tau: Value = 0.0, **op
 def surface(model: nn.Module) -> Surface:
     """Declare the scores of f+, f-, f~- as heads, the mask as a gate, its temperature and gradient as knobs."""
     path, module = find(model)
-    heads = {name: Head(f"{path}.aux", call=i) for i, name in enumerate(module.heads())}
+    heads = {
+        name: Head(f"{path}.aux", call=i, answers=name != "nonrobust")  # f- is trained towards a wrong class
+        for i, name in enumerate(module.heads())
+    }
     if not module.separate:
         return Surface(heads=heads)
     return Surface(
@@ -209,15 +222,8 @@ class Separating(Usual):
                     with torch.no_grad():
                         natural = model(x)
                     objective = lambda z: divergence(natural, z)  # noqa: E731
-                return ascend(
-                    lambda point: objective(model(point)),
-                    x,
-                    ctx.threat,
-                    steps=ctx.preset.steps,
-                    step=step_of(ctx.threat, ctx.preset.step_size),
-                    start="uniform" if self.recipe == "sat" else "normal",
-                    generator=ctx.generator,
-                )
+                start = "uniform" if self.recipe == "sat" else "normal"
+                return ctx.climb(lambda point: objective(model(point)), x, start)
 
         return attack
 

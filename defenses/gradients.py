@@ -5,23 +5,26 @@ All leave the network as it is: what is new is the training loss, differentiated
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from arena.inner import ascend, evaluating, step_of
-from arena.specs import Preset, Value
+from arena.inner import evaluating
+from arena.specs import Value
 from arena.stages import Adversary, Context, Stage
 
 #: Floor of norms: where the task loss has no gradient left a cosine is 0, and its own gradient stays below 1 / TINY.
 TINY = 1e-6
 #: Layers whose alignment is logged, counted from the image: DeepDefense's Table 1 has five.
 REPORTED = 5
+#: Rows a pass of the report.
+CHUNK = 256
 
 
 def task_losses(z: Tensor, y: Tensor, task: str) -> Tensor:
@@ -92,8 +95,36 @@ def layer_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
+def alignments(losses: Tensor, inputs: Mapping[str, Tensor], graph: bool = False) -> dict[str, Tensor]:
+    """Return GFA of each row at each layer, (N,): cos(h, dL/dh), from losses (N,) and ``layer_inputs``."""
+    found = torch.autograd.grad(losses.sum(), list(inputs.values()), create_graph=graph)
+    return {path: cosine(h, g) for (path, h), g in zip(inputs.items(), found, strict=True)}
+
+
+def report(model: nn.Module, x: Tensor, y: Tensor, task: str = "mse", layers: int = REPORTED) -> dict[str, float]:
+    """Return the mean GFA of images (N, C, H, W) with labels (N,) at the first ``layers`` layers, by path.
+
+    DeepDefense's Table 1. In eval mode, so it is the alignment that an attacker meets; the model keeps its own.
+    """
+    sums: dict[str, float] = {}
+    with evaluating(model):
+        for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+            with layer_inputs(model) as inputs:
+                losses = task_losses(model(rows.detach().requires_grad_()), labels, task)
+            for path, rows_ in alignments(losses, dict(list(inputs.items())[:layers])).items():
+                sums[path] = sums.get(path, 0.0) + float(rows_.detach().sum())
+    return {path: total / len(x) for path, total in sums.items()}
+
+
+def freeze_norms(model: nn.Module) -> None:
+    """Put batch norms in eval mode: with the statistics they have, each row's output is its own again."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+
+
 @dataclass(frozen=True)
-class Regularized:
+class Regularized(Stage):
     """Natural training on alpha * task loss + beta * mean over rows of a penalty on the loss's own gradient.
 
     ``gfa``: sum over layers l of 1 - cos(h_l, dL/dh_l), h_l the layer's input; ``gnr``: a norm of dL/dx; ``gaie``:
@@ -101,8 +132,6 @@ class Regularized:
     row's own loss and stay in the graph.
     """
 
-    second_order: ClassVar[bool] = True
-    """Gradients are differentiated: no mixed precision."""
     penalty: str
     """``gfa``, ``gnr`` or ``gaie``."""
     task: str = "mse"
@@ -113,42 +142,33 @@ class Regularized:
     """GFA: layers aligned, counted from the image."""
     form: str = ""
     """GNR: ``l2`` or ``l1``; GAIE: ``sobel`` or ``signed``."""
-    start_from: str | None = None
+    norms: str = "batch"
+    """``frozen``: batch norms keep mean 0 and variance 1 and learn scale and shift alone; ``batch``: they normalize by
+    the batch in training, and a row's gradient is another one at test time."""
 
     @property
-    def adversarial(self) -> bool:
-        """Never: natural images only."""
-        return False
+    def second_order(self) -> bool:
+        """Always."""
+        return True
 
-    def epochs(self, preset: Preset) -> int:
-        """Return the preset's epochs."""
-        return preset.epochs
-
-    def trainable(self, model: nn.Module) -> Iterable[nn.Parameter]:
-        """Train everything."""
-        return model.parameters()
-
-    def optimizers(self, model: nn.Module, ctx: Context) -> list[torch.optim.Optimizer]:
-        """Make one SGD with the preset's rate, momentum and weight decay."""
-        return [_sgd(model, ctx.preset)]
-
-    def adversary(self, ctx: Context) -> Adversary | None:
-        """Return none."""
-        return None
+    def score(self, entry: Mapping[str, Any]) -> tuple[float, ...]:
+        """Return the epoch itself for GFA: accuracy on natural images comes long before alignment."""
+        return (entry["epoch"],) if self.penalty == "gfa" else Stage.score(self, entry)
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss; logs the task loss and the penalty, or for GFA each layer's mean alignment."""
+        if self.norms == "frozen":
+            freeze_norms(model)
         x = x.detach().requires_grad_()
         with layer_inputs(model) as inputs:
             losses = task_losses(ctx.read(x).logits, y, self.task)
         task = losses.mean()
         log = {"task": task.detach()}
         if self.penalty == "gfa":
-            paths = list(inputs)[: max(self.layers, REPORTED)]
-            found = torch.autograd.grad(losses.sum(), [inputs[p] for p in paths], create_graph=True)
-            means = [cosine(inputs[p], g).mean() for p, g in zip(paths, found, strict=True)]
-            log |= {f"gfa_{p}": m.detach() for p, m in zip(paths, means, strict=True)}
-            penalty = torch.stack([1 - m for m in means[: self.layers]]).sum()
+            seen = dict(list(inputs.items())[: max(self.layers, REPORTED)])
+            means = {path: rows.mean() for path, rows in alignments(losses, seen, graph=True).items()}
+            log |= {f"gfa_{path}": m.detach() for path, m in means.items()}
+            penalty = torch.stack([1 - m for m in list(means.values())[: self.layers]]).sum()
         else:
             (gradient,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
             penalty = self._on_image(x.detach(), gradient).mean()
@@ -166,43 +186,19 @@ class Regularized:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(Stage):
     """DeepDefense's ADV: (1 - share) * task loss on clean + share * task loss on PGD images of the same batch."""
 
     task: str = "mse"
     share: float = 0.5
-    start_from: str | None = None
-
-    @property
-    def adversarial(self) -> bool:
-        """Always."""
-        return True
-
-    def epochs(self, preset: Preset) -> int:
-        """Return the preset's epochs."""
-        return preset.epochs
-
-    def trainable(self, model: nn.Module) -> Iterable[nn.Parameter]:
-        """Train everything."""
-        return model.parameters()
-
-    def optimizers(self, model: nn.Module, ctx: Context) -> list[torch.optim.Optimizer]:
-        """Make one SGD with the preset's rate, momentum and weight decay."""
-        return [_sgd(model, ctx.preset)]
+    adversarial: bool = True
 
     def adversary(self, ctx: Context) -> Adversary | None:
         """Return PGD from a uniform start on the task loss, in eval mode."""
 
         def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
             with evaluating(model):
-                return ascend(
-                    lambda point: task_losses(ctx.read(point).logits, y, self.task),
-                    x,
-                    ctx.threat,
-                    steps=ctx.preset.steps,
-                    step=step_of(ctx.threat, ctx.preset.step_size),
-                    generator=ctx.generator,
-                )
+                return ctx.climb(lambda point: task_losses(ctx.read(point).logits, y, self.task), x)
 
         return attack
 
@@ -214,23 +210,26 @@ class Mixture:
         return (1 - self.share) * clean + self.share * attacked, log
 
 
-def _sgd(model: nn.Module, p: Preset) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=p.lr, momentum=p.momentum, weight_decay=p.weight_decay)
-
-
 # -- recipes -----------------------------------------------------------------------------------------------------------
 
 
-def gfa_first(task: Value = "mse", alpha: Value = 1.0, beta: Value = 0.1, **options: Value) -> Sequence[Stage]:
+def gfa_first(
+    task: Value = "mse", alpha: Value = 1.0, beta: Value = 0.03, norms: Value = "frozen", **options: Value
+) -> Sequence[Stage]:
     """DeepDefense FIRST: gradient-feature alignment at the image."""
-    return [Regularized("gfa", str(task), float(alpha), float(beta), layers=1)]
+    return [Regularized("gfa", str(task), float(alpha), float(beta), layers=1, norms=str(norms))]
 
 
 def gfa_deep(
-    task: Value = "mse", alpha: Value = 1.0, beta: Value = 0.1, layers: Value = 3, **options: Value
+    task: Value = "mse",
+    alpha: Value = 1.0,
+    beta: Value = 0.01,
+    layers: Value = 3,
+    norms: Value = "frozen",
+    **options: Value,
 ) -> Sequence[Stage]:
     """DeepDefense DEEP: gradient-feature alignment at the inputs of the first ``layers`` layers."""
-    return [Regularized("gfa", str(task), float(alpha), float(beta), int(layers))]
+    return [Regularized("gfa", str(task), float(alpha), float(beta), int(layers), norms=str(norms))]
 
 
 def gnr(task: Value = "ce", beta: Value = 0.3, norm: Value = "l2", **options: Value) -> Sequence[Stage]:

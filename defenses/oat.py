@@ -8,7 +8,7 @@ and lowers (1 - lambda) CE(clean) + lambda CE(adversarial); at test time lambda 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from arena.backbones import DatasetInfo
-from arena.inner import ascend, evaluating, step_of
-from arena.specs import Preset, Value, text
+from arena.inner import evaluating
+from arena.specs import Value, text
 from arena.stages import Context, Stage
 from arena.surface import Knob, Surface
 
@@ -136,27 +136,10 @@ def _oat(model: nn.Module) -> Oat:
 
 
 @dataclass(frozen=True)
-class OnceForAll:
+class OnceForAll(Stage):
     """The only stage. Loss and attack share the batch's draw of lambda, so the attack is made inside the loss."""
 
-    start_from: str | None = None
     adversarial: bool = True
-
-    def epochs(self, preset: Preset) -> int:
-        """Return the preset's epochs."""
-        return preset.epochs
-
-    def trainable(self, model: nn.Module) -> Iterable[nn.Parameter]:
-        """Train everything."""
-        return model.parameters()
-
-    def optimizers(self, model: nn.Module, ctx: Context) -> list[torch.optim.Optimizer]:
-        """Make one SGD with the preset's settings."""
-        p = ctx.preset
-        return [torch.optim.SGD(self.trainable(model), lr=p.lr, momentum=p.momentum, weight_decay=p.weight_decay)]
-
-    def adversary(self, ctx: Context) -> None:
-        """Return None: see ``loss``."""
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean of (1 - lambda) CE(clean) + lambda CE(adversarial).
@@ -179,14 +162,7 @@ class OnceForAll:
         x_adv = x[n:]
         if len(x_adv):
             with evaluating(model), conditioned(model, rows[n:]):
-                x_adv = ascend(
-                    lambda point: F.cross_entropy(model(point), y[n:], reduction="none"),
-                    x[n:],
-                    ctx.threat,
-                    steps=ctx.preset.steps,
-                    step=step_of(ctx.threat, ctx.preset.step_size),
-                    generator=ctx.generator,
-                )
+                x_adv = ctx.climb(lambda point: F.cross_entropy(model(point), y[n:], reduction="none"), x[n:])
         with conditioned(model, torch.cat((rows, rows[n:]))):
             z = model(torch.cat((x, x_adv)))
         lam = torch.tensor(LAMBDAS, device=x.device)[rows]

@@ -7,7 +7,7 @@ training alone; each depth's nearest-center scores are declared as a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arena.backbones import DatasetInfo, place, slot_shapes
-from arena.errors import ArenaError
-from arena.inner import ascend, evaluating, step_of
-from arena.specs import Preset, Value
+from arena.inner import evaluating
+from arena.specs import Value
 from arena.stages import Adversary, Context, Stage
 from arena.surface import Head, Surface
 from arena.threat import Threat
+
+from .placement import last
 
 #: Rates of the two kinds of centers in the original code.
 CENTER_RATES = {"near": 0.5, "far": 1e-4}
@@ -76,7 +77,7 @@ def weighed(weight: float, term: Tensor, for_centers: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Conforming:
+class Conforming(Stage):
     """CE + sum over depths of prox * proximity - contrast * contrast term; each kind of center has its own optimizer.
 
     Features get the weighted gradient; the centers' gradient is divided by the term's weight, as in the original code.
@@ -94,14 +95,6 @@ class Conforming:
     def adversarial(self) -> bool:
         """Whether there is an inner attack."""
         return self.attacked
-
-    def epochs(self, preset: Preset) -> int:
-        """Return the preset's epochs."""
-        return preset.epochs
-
-    def trainable(self, model: nn.Module) -> Iterable[nn.Parameter]:
-        """Train everything."""
-        return model.parameters()
 
     def optimizers(self, model: nn.Module, ctx: Context) -> list[torch.optim.Optimizer]:
         """Make three SGDs: the network at the preset's rate, near centers at 0.5, far centers at 0.0001."""
@@ -127,13 +120,8 @@ class Conforming:
                 factor = DRAWN[0] + (DRAWN[1] - DRAWN[0]) * float(part)
                 threat = Threat(threat.norm, repr(min(threat.radius * factor, 1.0 if threat.norm == "Linf" else inf)))
             with evaluating(model):
-                return ascend(
-                    lambda point: F.cross_entropy(ctx.read(point).logits, y, reduction="none"),
-                    x,
-                    threat,
-                    steps=ctx.preset.steps,
-                    step=step_of(threat, ctx.preset.step_size),
-                    generator=ctx.generator,
+                return ctx.climb(
+                    lambda point: F.cross_entropy(ctx.read(point).logits, y, reduction="none"), x, threat=threat
                 )
 
         return attack
@@ -169,10 +157,9 @@ def build(backbone: nn.Module, dataset: DatasetInfo, **options: Value) -> nn.Mod
     Raises:
         ArenaError: the backbone has fewer than two slots.
     """
-    reached = slot_shapes(backbone, dataset.shape, dataset.slots)
-    if len(reached) < 2:
-        raise ArenaError(f"pcl: backbone '{dataset.backbone}' has {len(reached)} slots, expected at least 2")
-    return place(backbone, {slot: Centers(reached[slot][0], dataset.n_classes) for slot in list(reached)[-2:]})
+    where = last(backbone, dataset, "pcl", 2)
+    shapes = slot_shapes(backbone, dataset.shape, tuple(where))
+    return place(backbone, {slot: Centers(shapes[slot][0], dataset.n_classes) for slot in where})
 
 
 def surface(model: nn.Module) -> Surface:

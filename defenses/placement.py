@@ -1,4 +1,4 @@
-"""Where the papers put their masks in each backbone, and how a user names another place."""
+"""Where the papers put their modules in each backbone, and how a user names another place."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def single(backbone: nn.Module, dataset: DatasetInfo, owner: str, slot: Value = 
     wanted = text(slot)
     if wanted == "auto":
         if _wide(dataset):
-            ends = [s for s in reached if s.startswith("block3.") and s.endswith(".out")]
-            return ends[max(0, len(ends) - 4)]
+            blocks = [s for s in reached if s.startswith("block3.") and s.endswith(".out")]
+            return blocks[max(0, len(blocks) - 4)]
         return reached[-2]
     if wanted.isdigit():
         numbers = layers(dataset, reached)
@@ -58,23 +58,76 @@ def single(backbone: nn.Module, dataset: DatasetInfo, owner: str, slot: Value = 
     return _named(wanted, reached, dataset)
 
 
+def deep(backbone: nn.Module, dataset: DatasetInfo, owner: str, slot: Value = "auto") -> str:
+    """Return the slot of FSR's one module (papers.md 4.1).
+
+    ``auto``: the last slot, in ResNet-18 the end of layer4, in a wide residual network ``out`` behind block3 and its
+    batch norm and ReLU; in VGG16 the end of block4, before its pool. Else a slot's name.
+
+    Raises:
+        ArenaError: a slot that the backbone lacks, or a backbone without slots.
+    """
+    reached = _reached(backbone, dataset, owner, least=1)
+    wanted = text(slot)
+    if wanted != "auto":
+        return _named(wanted, reached, dataset)
+    return [s for s in reached if s.startswith("block4.")][-1] if dataset.backbone == "vgg16" else reached[-1]
+
+
+def ends(backbone: nn.Module, dataset: DatasetInfo, owner: str) -> list[str]:
+    """Return the slots behind the last block of each stage (papers.md 7, FD), in forward order.
+
+    Residual networks and VGG16 have stages ``NAME.BLOCK.out``; a stem is none, nor is a slot inside a branch. Elsewhere
+    a stage is a run of slots with maps of equal shape.
+
+    Raises:
+        ArenaError: a backbone without slots.
+    """
+    reached = _reached(backbone, dataset, owner, least=1)
+    if blocks := _blocks(reached):
+        return list({s.split(".")[0]: s for s in blocks}.values())
+    shapes = slot_shapes(backbone, dataset.shape, tuple(reached))
+    return [a for a, b in zip(reached, [*reached[1:], None], strict=True) if b is None or shapes[b] != shapes[a]]
+
+
+def first(backbone: nn.Module, dataset: DatasetInfo, owner: str, n: int) -> list[str]:
+    """Return the first ``n`` slots outside branches, or as many as there are.
+
+    Raises:
+        ArenaError: a backbone without slots.
+    """
+    return [s for s in _reached(backbone, dataset, owner, least=1) if not s.endswith(".branch")][:n]
+
+
+def last(backbone: nn.Module, dataset: DatasetInfo, owner: str, n: int) -> list[str]:
+    """Return the last ``n`` slots.
+
+    Raises:
+        ArenaError: a backbone with fewer.
+    """
+    return _reached(backbone, dataset, owner, least=n)[-n:]
+
+
 def layers(dataset: DatasetInfo, reached: list[str]) -> dict[int, str]:
     """Return the slot at the end of each residual block by EWAS's number of the layer: the stem is layer 1, each
     block adds two. Empty for backbones that EWAS does not number."""
-    if not (_wide(dataset) or dataset.backbone in ("resnet18", "resnet_small")):
+    if not (_wide(dataset) or dataset.backbone in ("resnet18", "resnet34", "resnet_small")):
         return {}
-    ends = [s for s in reached if s.endswith(".out") and s.count(".") == 2]
-    return {3 + 2 * i: s for i, s in enumerate(ends)}
+    return {3 + 2 * i: s for i, s in enumerate(_blocks(reached))}
+
+
+def _blocks(reached: list[str]) -> list[str]:
+    return [s for s in reached if s.count(".") == 2 and s.endswith(".out")]
 
 
 def _wide(dataset: DatasetInfo) -> bool:
     return dataset.backbone.startswith("wrn")
 
 
-def _reached(backbone: nn.Module, dataset: DatasetInfo, owner: str) -> list[str]:
+def _reached(backbone: nn.Module, dataset: DatasetInfo, owner: str, least: int = 2) -> list[str]:
     reached = list(slot_shapes(backbone, dataset.shape, dataset.slots))
-    if len(reached) < 2:
-        raise ArenaError(f"{owner}: backbone '{dataset.backbone}' has {len(reached)} slots, expected at least 2")
+    if len(reached) < least:
+        raise ArenaError(f"{owner}: backbone '{dataset.backbone}' has {len(reached)} slots, expected at least {least}")
     return reached
 
 

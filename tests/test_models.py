@@ -61,6 +61,17 @@ def obtain(found, *, train=True, retrain=False, watch=None):
     return found.obtain(train=train, retrain=retrain, device="cpu", watch=watch or Silent())
 
 
+def test_a_data_set_may_have_defaults_of_its_own(tiny_images):
+    here, there = (planned("ewas_sat", tiny_images, dataset=d) for d in ("digits", "svhn"))
+    assert (here.options["lam"], there.options["lam"]) == (0.01, 0.05)
+    assert there.name == "ewas_sat"  # what the name says is measured from there
+    asked = planned("ewas_sat(lam=0.01)", tiny_images, dataset="svhn")
+    assert asked.name == "ewas_sat(lam=0.01)"
+    assert "'ewas_sat(lam=0.01)'" in asked.command
+    assert planned("ewas_sat(lam=0.05)", tiny_images, dataset="svhn").training_key == there.training_key
+    assert len({p.training_key for p in (here, there, asked)}) == 3
+
+
 @pytest.mark.parametrize(
     ("change", "same"),
     [

@@ -10,7 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arena.errors import ArenaError, PluginError, nearest, unknown
-from arena.specs import Indicator, Option, RosterSpec, canonical, chosen, complete, expand, load, text
+from arena.specs import (
+    DefenseSpec,
+    Indicator,
+    Option,
+    RosterSpec,
+    canonical,
+    chosen,
+    complete,
+    expand,
+    load,
+    on_dataset,
+    text,
+)
 
 DECLARED = {
     "steps": Option(10, "steps", low=1, high=1000),
@@ -148,3 +160,12 @@ def test_unknown_lists_a_few_names_when_none_is_close():
     assert str(unknown("attack", "zzz", [])) == "unknown attack 'zzz'; known: none"
     listed = str(unknown("attack", "0", [f"attack_{c}" for c in "abcdefghijklmnop"]))
     assert listed.endswith("attack_l, ...")
+
+
+def test_defaults_of_a_data_set_take_the_place_of_the_options_own():
+    spec = DefenseSpec("d", "", "m:b", "m:r", options=DECLARED, defaults={"svhn": {"steps": 20.0}, "odd": {"stops": 1}})
+    assert on_dataset(spec, "svhn").options["steps"] == Option(20, "steps", low=1, high=1000)
+    assert on_dataset(spec, "svhn").options["loss"] == DECLARED["loss"]
+    assert on_dataset(spec, "digits") == spec
+    with pytest.raises(PluginError, match="defense 'd': defaults of 'odd': no option 'stops'"):
+        on_dataset(spec, "odd")

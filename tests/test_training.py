@@ -21,9 +21,10 @@ from arena.datasets import Images, to_float
 from arena.errors import ArenaError
 from arena.schedule import Schedule
 from arena.specs import Preset
-from arena.surface import Head, Surface
+from arena.surface import Head, Reader, Surface
 from arena.threat import Threat
-from arena.training import Usual, fit, rate, split
+from arena.training import Context, Usual, fit, rate, split
+from arena.validation import judge
 from arena.watch import Silent
 
 CPU = torch.device("cpu")
@@ -393,7 +394,9 @@ def test_bf16_learns_and_keeps_fp32_weights(tiny_images, tmp_path):
 
 @dataclass(frozen=True)
 class SecondOrder(Usual):
-    second_order = True
+    @property
+    def second_order(self) -> bool:
+        return True
 
 
 def test_gradients_of_gradients_take_fp32(tiny_images, tmp_path):
@@ -425,3 +428,44 @@ def test_a_large_model_trains_with_channels_last_to_the_same_loss(tmp_path, monk
         losses[name] = fitted.history[0]["loss"]
         assert model[0].weight.is_contiguous(memory_format=torch.channels_last) == (name == "large")
     assert losses["large"] == pytest.approx(losses["small"], rel=1e-4)
+
+
+@dataclass(frozen=True)
+class Earliest(Usual):
+    """A stage with a taste of its own: the first epoch is the best."""
+
+    def score(self, entry):
+        return (-entry["epoch"],)
+
+
+def test_a_stage_may_say_what_the_best_epoch_is(tiny_images, tmp_path):
+    _, fitted = train(tiny_images, tmp_path, stages=[Earliest("rt")])
+    assert fitted.best["epoch"] == 1
+
+
+def test_validation_does_not_climb_a_head_that_is_trained_to_be_wrong():
+    """A head that is the output turned round cancels it in the attack's objective, unless it is said not to answer."""
+
+    class TurnedRound(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out, self.head = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+            self.out.weight = nn.Parameter(torch.eye(2) * 4)
+            self.head.weight = nn.Parameter(-torch.eye(2) * 4)
+
+        def forward(self, x):
+            self.head(x.flatten(1))
+            return self.out(x.flatten(1))
+
+    model = TurnedRound().eval()
+    x = torch.tensor([[0.52, 0.48], [0.48, 0.52]]).view(2, 1, 1, 2)
+    y = torch.tensor([0, 1])
+    left = {}
+    for answers in (True, False):
+        surface = Surface(heads={"head": Head("head", answers=answers)})
+        with Reader(model, surface) as read:
+            ctx = Context(replace(PRESET, steps=10), THREAT, 2, surface, read, torch.Generator())
+            left[answers] = judge(model, read, ctx, x, y, adversarial=True)
+    assert left[True]["natural"] == left[False]["natural"] == 100
+    assert left[False]["pgd"] == 0
+    assert left[True]["pgd"] > 0

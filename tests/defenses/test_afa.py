@@ -15,11 +15,12 @@ from arena_defenses.backbones import resnet_small
 from torch import nn
 
 from arena.errors import ArenaError
+from arena.plugins import registry
 from arena.selection import training_step
-from arena.specs import Preset
+from arena.specs import Preset, complete, load
 from arena.stages import Context, divergence, mart, probability, trades
 from arena.surface import Reader, submodule
-from arena.training import settings
+from arena.training import rate, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conditional import PRESET, THREAT, batch, context, scrambled, small
@@ -270,4 +271,12 @@ def test_stage_two_is_shorter_and_slower():
     cycle = settings(stage, Preset(30, lr=0.03))
     assert (cycle.milestones, cycle.lr) == ((), 0.1)
     assert [stage.epochs(Preset(n)) for n in (0, 1, 30)] == [0, 1, 6]
-    assert settings(afa_stages.Branches("sat"), PRESET) is PRESET
+    assert settings(afa_stages.Branches("sat"), PRESET) == PRESET
+
+
+@pytest.mark.parametrize(("given", "decay"), [({}, 0.1), ({"decay": 0.9}, 0.9)])
+def test_both_stages_drop_the_rate_by_the_decay_asked_for(given, decay):
+    spec = registry().get("defense", "afa_mart").spec
+    preset = spec.presets["cifar10"]
+    first, second = (settings(s, preset) for s in load(spec.recipe)(**complete("afa_mart", spec.options, given)))
+    assert (rate(0.95, 95, first), rate(0.76, 15, second)) == pytest.approx((decay**2, decay))

@@ -1,4 +1,4 @@
-"""VGG16, wide residual networks and ResNet-50: sizes, maps, slots, and where a slot's module acts."""
+"""VGG16, wide residual networks, ResNet-34 and ResNet-50: sizes, maps, slots, and where a slot's module acts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from arena.backbones import place, slot_shapes
 from arena.plugins import registry
 from arena.specs import load
 
-NARROW = {"vgg16": 4, "resnet50": 4, "wrn34_10": 1, "wrn32_10": 1, "wrn28_10": 1, "wrn16_8": 1}
+NARROW = {"vgg16": 4, "resnet34": 4, "resnet50": 4, "wrn34_10": 1, "wrn32_10": 1, "wrn28_10": 1, "wrn16_8": 1}
 
 
 def build(name, shape=(3, 32, 32), classes=10, **options):
@@ -22,6 +22,7 @@ def build(name, shape=(3, 32, 32), classes=10, **options):
     ("name", "parameters"),
     [
         ("vgg16", 15_251_402),  # FSR's Table 7: 15.25 million
+        ("resnet34", 21_282_122),
         ("resnet50", 23_520_842),
         ("wrn34_10", 46_160_474),
         ("wrn32_10", 46_160_474),
@@ -59,7 +60,7 @@ def test_maps_have_the_papers_sides():
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (2, 5, 9), (3, 20, 28)])
-@pytest.mark.parametrize("name", ["vgg16", "resnet50", "wrn28_10", "wrn16_8"])
+@pytest.mark.parametrize("name", ["vgg16", "resnet34", "resnet50", "wrn28_10", "wrn16_8"])
 def test_any_channels_any_sides_any_classes(name, shape):
     model = build(name, shape, classes=2, width=NARROW[name]).eval()
     x = torch.rand(9, *shape)

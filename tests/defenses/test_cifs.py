@@ -11,6 +11,7 @@ from arena_defenses.cifs import ImportanceMask, Joint
 from arena.backbones import DatasetInfo
 from arena.models import plan
 from arena.plugins import registry
+from arena.schedule import Schedule
 from arena.selection import Mode, choosing, supervise, training_step
 from arena.stages import Usual
 from arena.surface import Reader, Reading, selects, submodule
@@ -139,7 +140,7 @@ def test_warm_start_takes_the_weights_of_the_naturally_trained_model(tiny_images
         checkpoint=None,
         surface=None,
         registry=registry(),
-        epochs=1,
+        schedule=Schedule(epochs=1),
     )
     (start,) = made.starts.values()
     assert start.name == "cifs_rt(lam=1)"

@@ -17,6 +17,7 @@ from arena_defenses.gradients import (
     laplacian,
     layer_inputs,
     norms,
+    report,
     sobel,
     task_losses,
 )
@@ -186,6 +187,31 @@ def test_layers_decide_what_is_in_the_loss():
         assert loss.item() == pytest.approx(float(log["task"] + 2 * sum(1 - log[f"gfa_{p}"] for p in paths)), rel=1e-5)
 
 
+def test_the_report_by_hand():
+    model = Line().train()
+    assert report(model, X, Y) == {"fc1": pytest.approx((1 / math.sqrt(1.25) - 1) / 2, abs=1e-5)}
+    assert model.training
+    many = X.repeat(300, 1, 1, 1), Y.repeat(300)  # more than one chunk
+    assert report(model, *many)["fc1"] == pytest.approx(report(model, X, Y)["fc1"], abs=1e-5)
+    deep = deepdefense_cnn((1, 8, 8), 10, width=4)
+    assert list(report(deep, torch.rand(3, 1, 8, 8), torch.arange(3), layers=2)) == ["conv1", "conv2"]
+    assert not any(m._forward_pre_hooks for m in deep.modules())
+
+
+@pytest.mark.parametrize(("kind", "same"), [("frozen", True), ("batch", False)])
+def test_with_frozen_norms_the_aligned_gradient_is_the_one_that_an_attacker_meets(kind, same):
+    torch.manual_seed(0)
+    model = cnn((1, 8, 8), 10, width=4).train()
+    x, y = torch.rand(8, 1, 8, 8), torch.arange(8)
+    loss, log = outer(Regularized("gfa", norms=kind), model, x, y)
+    loss.backward()
+    assert model.block1.norm.weight.grad.abs().max() > 0  # scale and shift learn
+    assert bool((model.block1.norm.running_mean == 0).all()) is same
+    seen = {k.removeprefix("gfa_"): v.item() for k, v in log.items() if k.startswith("gfa_")}
+    agree = [abs(report(model, x, y)[k] - v) < 1e-5 for k, v in seen.items()]
+    assert all(agree) if same else not any(agree)
+
+
 def test_the_mixture_adds_its_halves():
     model = Line()
     x_adv = X * 0.5
@@ -211,9 +237,13 @@ def test_the_mixtures_attack_climbs_the_task_loss_in_eval_mode_within_the_ball()
 @pytest.mark.parametrize(
     ("name", "given", "expected"),
     [
-        ("gfafirst_rt", {}, Regularized("gfa", beta=0.1, layers=1)),
-        ("gfadeep_rt", {}, Regularized("gfa", beta=0.1, layers=3)),
-        ("gfadeep_rt", {"layers": 2, "task": "ce", "alpha": 3}, Regularized("gfa", "ce", 3.0, 0.1, 2)),
+        ("gfafirst_rt", {}, Regularized("gfa", beta=0.03, layers=1, norms="frozen")),
+        ("gfadeep_rt", {}, Regularized("gfa", beta=0.01, layers=3, norms="frozen")),
+        (
+            "gfadeep_rt",
+            {"layers": 2, "task": "ce", "alpha": 3, "norms": "batch"},
+            Regularized("gfa", "ce", 3.0, 0.01, 2),
+        ),
         ("gnr_rt", {"norm": "l1"}, Regularized("gnr", "ce", beta=0.3, form="l1")),
         ("gaie_rt", {"edges": "signed"}, Regularized("gaie", "mse", beta=0.1, form="signed")),
         ("advmix", {"share": 0.25}, Mixture("mse", 0.25)),

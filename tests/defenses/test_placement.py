@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from arena_defenses import cas, cifs, ewas, fgaa
+from arena_defenses import cas, cifs, ewas, fgaa, fsr
 from arena_defenses.masks import ClassMask, surface
-from arena_defenses.placement import late, single
+from arena_defenses.placement import deep, ends, first, last, late, single
 
 from arena.backbones import DatasetInfo
 from arena.errors import ArenaError
@@ -27,6 +27,7 @@ def bare(name, width=1, shape=SHAPE, classes=10):
     ("name", "width", "slots"),
     [
         ("resnet18", 2, ["layer4.0.out", "layer4.1.out"]),
+        ("resnet34", 1, ["layer4.1.out", "layer4.2.out"]),
         ("resnet50", 1, ["layer4.1.out", "layer4.2.out"]),
         ("vgg16", 1, ["block5.0.out", "block5.1.out", "block5.2.out"]),
         ("wrn34_10", 1, ["block3.4.branch", "out"]),
@@ -44,9 +45,44 @@ def test_late_masks_sit_where_the_papers_put_them(build, name, width, slots):
 
 
 @pytest.mark.parametrize(
+    ("name", "slot", "stages"),
+    [
+        ("resnet18", "layer4.1.out", ["layer1.1", "layer2.1", "layer3.1", "layer4.1"]),
+        ("resnet34", "layer4.2.out", ["layer1.2", "layer2.3", "layer3.5", "layer4.2"]),
+        ("resnet50", "layer4.2.out", ["layer1.2", "layer2.3", "layer3.5", "layer4.2"]),
+        ("vgg16", "block4.2.out", ["block1.1", "block2.1", "block3.2", "block4.2", "block5.2"]),
+        ("wrn34_10", "out", ["block1.4", "block2.4", "block3.4"]),
+        ("wrn16_8", "out", ["block1.1", "block2.1", "block3.1"]),
+    ],
+)
+def test_fsr_sits_where_the_paper_puts_it_and_denoising_at_the_stages_ends(name, slot, stages):
+    model, info = bare(name, 2)
+    assert deep(model, info, "fsr") == slot
+    assert ends(model, info, "fd") == [f"{s}.out" for s in stages]
+    assert not [s for s in first(model, info, "fd", 2) if "branch" in s]
+    assert last(model, info, "pcl", 2) == list(info.slots)[-2:]
+    path, module = fsr.find(fsr.build(model, info))
+    assert path == slot
+    if name == "vgg16":
+        assert module.aux[-1].in_features == 16  # block4 has eight times the width
+
+
+def test_fsr_draws_its_first_weights_as_the_official_code_does():
+    torch.manual_seed(0)
+    parts = {n: fsr.find(fsr.build(*bare(n, 16 if n == "vgg16" else 1)))[1] for n in ("vgg16", "wrn16_8", "resnet18")}
+    for name in ("vgg16", "wrn16_8"):
+        for conv in (m for m in parts[name].modules() if isinstance(m, torch.nn.Conv2d)):
+            assert conv.weight.std().item() == pytest.approx((2 / (9 * conv.out_channels)) ** 0.5, rel=0.02)
+    assert parts["vgg16"].aux[-1].weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert parts["vgg16"].aux[-1].bias.abs().max() == 0
+    assert parts["resnet18"].separation[3].weight.abs().max() <= (1 / (9 * 64)) ** 0.5  # torch's own: uniform
+
+
+@pytest.mark.parametrize(
     ("name", "slot"),
     [
         ("resnet18", "layer4.0.out"),
+        ("resnet34", "layer4.1.out"),
         ("wrn34_10", "block3.1.out"),
         ("wrn32_10", "block3.1.out"),
         ("wrn28_10", "block3.0.out"),
