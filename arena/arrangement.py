@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from arena.audit import LEVELS
+from arena.audit import VERSION as AUDIT_VERSION
 from arena.datasets import Images, describe, open_images
-from arena.errors import ArenaError
+from arena.errors import ArenaError, unknown
 from arena.lineup import check_entries
 from arena.lineup import describe as describe_entries
 from arena.models import Plan, plan
@@ -54,6 +56,8 @@ def arrange(question: Question, running: Running, registry: Registry) -> Arrange
         raise ArenaError(f"--precision {running.precision}: not yet; the search runs in fp32")
     if running.batch_size is not None and running.batch_size < 1:
         raise ArenaError(f"--batch-size {running.batch_size}: expected at least 1")
+    if running.audit not in LEVELS:
+        raise unknown("audit", running.audit, LEVELS)
     if question.protocol != "standard":
         raise ArenaError(f"protocol '{question.protocol}': not yet; expected standard")
     entries = check_entries(question.vs, registry)
@@ -97,6 +101,7 @@ def arrange(question: Question, running: Running, registry: Registry) -> Arrange
             "protocol": question.protocol,
             "precision": running.precision,
             "matrix": running.matrix,
+            "audit": [AUDIT_VERSION, running.audit],
         }
     )
     return Arrangement(question, entries, images, threat, index, planned, key, notes)

@@ -1,18 +1,30 @@
 """Doubt beside the number: indicators and the verdict they add up to.
 
-Until the audit of attacks is built, the verdict comes from the defense check and the attacks' statuses alone, and a
-match against which nothing speaks is ``not_audited``, never ``clear``.
+Three kinds: what the defense check found, what the attacks' rows say, what the audit sees for itself
+(``arena.indicators``, ``arena.planted``). Plugins add theirs through ``arena_audit``. No flag is ``clear``, which is no
+proof; a match whose audit was left out, or that had nothing to attack, is ``not_audited``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+from arena import thresholds as t
 from arena.specs import Indicator
 
+if TYPE_CHECKING:
+    from arena.probing import Probe
+    from arena.results import Played
+
 VERDICTS = ("clear", "suspect", "void", "not_audited")
+#: How much is looked at.
+LEVELS = ("normal", "deep", "none")
+#: Raise it when indicators or thresholds change: a stored result is then asked again.
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -23,6 +35,155 @@ class AuditContext:
     """The result so far: attacks, rosters, worst case."""
     check: tuple[Indicator, ...]
     """Findings of the defense check."""
+    played: tuple[Played, ...] = ()
+    """The attacks, with the points that each met and broke."""
+    probe: Probe | None = None
+    """Points, a search copy and the referee, to look for oneself; None where nothing can be attacked."""
+
+
+@dataclass(frozen=True)
+class Audited:
+    """What an audit found, and its own cost: counted apart from the attacks'."""
+
+    indicators: tuple[Indicator, ...]
+    forwards: int
+    backwards: int
+    seconds: float
+
+
+def audit(context: AuditContext, watch: Callable[[int, str], None] = lambda done, name: None) -> tuple[Indicator, ...]:
+    """Compute the built-in indicators. A crash in one is contained, named, and speaks against the number.
+
+    ``watch`` is told how many are done, and the name of the next.
+    """
+    from arena.indicators import BUILT_IN
+
+    probe = context.probe
+    looks: dict[str, Callable[[], Indicator]] = {k: partial(f, context) for k, f in FROM_ROWS.items()}
+    if probe is not None:
+        looks |= {k: partial(f, probe) for k, f in BUILT_IN.items()}
+    found: list[Indicator] = []
+    for name, look in looks.items():
+        watch(len(found), name)
+        try:
+            found.append(look())
+        except Exception as e:  # a defense's code runs here too
+            said = " ".join(str(e).split())[:200]
+            remedy = "make the model answer everywhere in the box, with a gradient or without one, then play again"
+            evidence = f"could not be computed: {type(e).__name__}: {said}"
+            found.append(Indicator(name, True, "crashed", None, evidence, remedy))
+    return tuple(found)
+
+
+def again(record: Mapping[str, Any], vs: str, *more: str) -> str:
+    """Write the ``arena match`` line that asks the same defense about other attacks."""
+    asked, threat = record["asked"], record["asked"]["threat"]
+    words = ["arena", "match", record["defense"], "--vs", vs, "--dataset", asked["dataset"]]
+    words += ["--backbone", asked["backbone"]] if asked.get("backbone") else []
+    words += ["--norm", threat["norm"], "--eps", threat["eps"], "-n", str(asked["n"])]
+    for key in ("seed", "train_seed", "train_norm", "train_eps"):
+        if asked.get(key):
+            words += [f"--{key.replace('_', '-')}", str(asked[key])]
+    weights = record["model"].get("trained") or {}
+    words += ["--checkpoint", str(weights["checkpoint"])] if weights.get("weights") == "checkpoint" else []
+    return shlex.join([*words, *more])
+
+
+# -- what the attacks' rows say ------------------------------------------------------------------------------------
+
+
+def gradient_free_beats_gradients(context: AuditContext) -> Indicator:
+    """Count points that only attacks without gradients broke: searches, decisions, transfers."""
+    white = [p for p in context.played if p.planned.spec.spec.knowledge == "white-box"]
+    other = [p for p in context.played if p.planned.spec.spec.knowledge != "white-box"]
+    only, n = _only(other, white)
+    flag = only >= t.FEWEST and only > t.GRADIENT_FREE * n and bool(white)
+    names = ", ".join(dict.fromkeys(p.planned.name for p in other if bool(p.broken.any())))
+    return Indicator(
+        "gradient_free_beats_gradients",
+        flag,
+        only / n if n else 0.0,
+        t.GRADIENT_FREE,
+        f"{only} of {n} points fall to {names} alone; no gradient attack broke them" if flag else "",
+        "gradients are hidden: search longer, more may fall: "
+        + again(context.record, "square(queries=20000,restarts=3)")
+        if flag
+        else "",
+    )
+
+
+def adaptive_beats_standard(context: AuditContext) -> Indicator:
+    """Count points that only the roster ``adaptive`` broke where ``autoattack`` was played too."""
+    groups = {name: [p for p in context.played if p.group == name] for name in ("autoattack", "adaptive")}
+    only, n = _only(groups["adaptive"], groups["autoattack"])
+    flag = all(groups.values()) and only >= t.FEWEST and only > t.ADAPTIVE * n
+    return Indicator(
+        "adaptive_beats_standard",
+        flag,
+        only / n if n else 0.0,
+        t.ADAPTIVE,
+        f"{only} of {n} points fall to adaptive and not to autoattack: the model's output hides what decides"
+        if flag
+        else "",
+        "count on adaptive alone, which is a floor, and give it more: "
+        + again(context.record, "adaptive,pgd(loss=margin,steps=200,restarts=20)", "--audit", "deep")
+        if flag
+        else "",
+    )
+
+
+def silent_success(context: AuditContext) -> Indicator:
+    """Count points that an attack saw broken on its way and handed over unbroken."""
+    rows = [p for p in context.played if p.silent]
+    lost = sum(p.silent for p in rows)
+    return Indicator(
+        "silent_success",
+        lost >= t.FEWEST,
+        lost,
+        t.FEWEST,
+        f"{lost} points were seen broken inside the ball and handed over unbroken by "
+        + ", ".join(dict.fromkeys(p.planned.name for p in rows))
+        if lost
+        else "",
+        "the attack forgets its best point, mend it; until then: " + again(context.record, "pgd,autoattack")
+        if lost >= t.FEWEST
+        else "",
+    )
+
+
+def heads_and_output(context: AuditContext) -> Indicator:
+    """Say how far heads and output agree at broken points: information, no flag."""
+    heads = (context.record.get("diagnosis") or {}).get("heads") or {}
+    known = {k: v["agreement_broken"] for k, v in heads.items() if v["agreement_broken"] is not None}
+    return Indicator(
+        "heads_and_output",
+        False,
+        min(known.values()) if known else None,
+        None,
+        "at broken points the output agrees with " + ", ".join(f"{k} on {v:.0f} %" for k, v in known.items())
+        if known
+        else "",
+    )
+
+
+def _only(some: Sequence[Played], others: Sequence[Played]) -> tuple[int, int]:
+    """Return how many points some attacks broke and none of the others, and the number of points they met."""
+    if not some:
+        return 0, 0
+    broken = some[0].broken.clone()
+    met = some[0].met.clone()
+    for p in some:
+        broken |= p.broken
+    for p in (*some, *others):
+        met |= p.met
+    for p in others:
+        broken &= ~p.broken
+    return int(broken.sum()), int(met.sum())
+
+
+FROM_ROWS: dict[str, Callable[[AuditContext], Indicator]] = {
+    f.__name__: f for f in (gradient_free_beats_gradients, adaptive_beats_standard, silent_success, heads_and_output)
+}
 
 
 def statuses(record: dict[str, Any], problems: Sequence[str] = ()) -> list[Indicator]:
@@ -82,9 +243,11 @@ _REMEDY = {
 }
 
 
-def verdict(indicators: list[Indicator]) -> str:
-    """Sum up: ``void`` if a fatal flag stands, ``suspect`` if any does, else ``not_audited``."""
+def verdict(indicators: Sequence[Indicator], audited: bool) -> str:
+    """Sum up: ``void`` if a fatal flag stands, ``suspect`` if any does; else ``clear``, if there was an audit."""
     flagged = [i for i in indicators if i.flag]
     if any(i.fatal for i in flagged):
         return "void"
-    return "suspect" if flagged else "not_audited"
+    if flagged:
+        return "suspect"
+    return "clear" if audited else "not_audited"

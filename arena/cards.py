@@ -26,6 +26,7 @@
     replay = false
     retrain = false
     matrix = false
+    audit = "normal"                         # or "deep", "none"
 
 ``defense = "NAME"`` in ``[match]`` serves a card with one defense. A key may stand in ``[match]`` or, in its plural, in
 ``[grid]``, not in both. All errors of a card are told at once, each with its key path and the nearest valid key.
@@ -38,7 +39,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -86,6 +87,7 @@ class _Run(_Table):
     batch_size: Annotated[int, Field(ge=1)] | None = None
     replay: bool | None = None
     retrain: bool | None = None
+    audit: Literal["normal", "deep", "none"] | None = None
     matrix: bool | None = None
 
 
@@ -181,6 +183,8 @@ def _expected(where: Sequence[str]) -> str:
         return "expected a whole number of at least 1"
     if key.endswith("seed"):
         return "expected a whole number"
+    if key == "audit":
+        return "expected normal, deep or none"
     return "expected true or false" if key in ("replay", "retrain", "matrix") else "expected a text"
 
 

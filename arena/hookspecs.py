@@ -56,7 +56,8 @@ def arena_adaptive_attacks(surface: Surface, threat: Threat, n_classes: int) -> 
 def arena_audit(context: Any) -> Iterable[Indicator]:  # type: ignore[empty-body]
     """Return indicators for a finished match, before its verdict.
 
-    :param context: ``arena.audit.AuditContext``: the attacks' records and the defense check's findings.
+    :param context: ``arena.audit.AuditContext``: the attacks' records, the defense check's findings, and a
+        probe to look with for oneself. Not called with ``--no-audit``.
     """
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from arena.arrangement import Arrangement, indices_hash
 from arena.attack import Setup, Unsupported, bound
-from arena.audit import AuditContext, statuses, verdict
+from arena.audit import statuses, verdict
+from arena.auditing import audit_match
 from arena.check import PROBE, changed_parts, check_defense, state_hash
 from arena.contender import seeded
 from arena.datasets import to_float
@@ -24,6 +25,7 @@ from arena.engine import Outcome, run_iterated, run_plain
 from arena.journal import AttackKeeper, Journal
 from arena.lineup import Group, Planned, line_up
 from arena.models import Contender, near_chance
+from arena.observing import Observed
 from arena.plugins import Registry
 from arena.question import Running
 from arena.referee import DRAWS, Judgement, Referee
@@ -67,18 +69,20 @@ class Playing:
         self.y = images.y_test[arranged.index].to(device)
         self.index = arranged.index.to(device)
         self.surface = contender.surface
-        self.referee = Referee(self._build(), arranged.threat, self.surface.random, device)
+        self.referee = Referee(self.build(), arranged.threat, self.surface.random, device)
         self.n_classes = images.n_classes
         """Width of the logits, known after the check; at least the data set's classes."""
         self.examples: dict[int, Tensor] = {}
         """The first verified break of each point, by position."""
+        self.seen: set[int] = set()
+        """Data-set indices of points that the attack at work saw broken, whatever it hands over."""
 
-    def _build(self) -> torch.nn.Module:
+    def build(self) -> torch.nn.Module:
         return self.contender.build().to(self.running.device)
 
     def _search_copy(self) -> None:
         """Give the attacks a fresh copy of the model, and note what it looks like."""
-        model = self._build()
+        model = self.build()
         self.target = Target(
             model,
             self.surface,
@@ -93,7 +97,7 @@ class Playing:
     def run(self) -> tuple[dict[str, Any], Outcomes]:
         """Play everything; return the record and what became of each point."""
         arranged, images = self.arranged, self.arranged.images
-        self.n_classes, findings = check_defense(self._build, self.surface, self.x, self.y, images.n_classes)
+        self.n_classes, findings = check_defense(self.build, self.surface, self.x, self.y, images.n_classes)
         self.correct = (self.referee.score(self.x, self.y, self.index).predicted == self.y).cpu()
         natural, interval = share(self.correct)
         groups = line_up(arranged.entries, self.registry, self.surface, arranged.threat, self.n_classes)
@@ -141,6 +145,7 @@ class Playing:
             played.attempted = met.clone()
             return played
         name = hashlib.sha256(f"{group.name}\n{planned.name}".encode()).hexdigest()[:12]
+        self.seen = set()
         keeper = self.journal.keeper(f"{number:03d}-{name}")
         before = keeper.seconds()
         try:
@@ -164,7 +169,11 @@ class Playing:
         stream = Stream.of(arranged.question.seed, planned.name)
         if spec.iterate:
             setup = Setup(arranged.threat, self.n_classes, self.surface, arranged.images.shape, stream)
-            attack = load(spec.iterate)(setup, **planned.options)
+            # A minimal attack is nearly always at a mistake, so looking at each one would cost 8 % of its time.
+            attack = Observed(
+                load(spec.iterate)(setup, **planned.options), arranged.threat, 8 if spec.kind == "minimal" else 1
+            )
+            self.seen = attack.seen
             draws = DRAWS if self.surface.random else 1
             self.watch.phase(planned.name, len(x) * bound(attack, draws), "forwards")
             # A random model draws from the global generator: the same match draws the same numbers.
@@ -207,6 +216,9 @@ class Playing:
         played.attempted[rows] = outcome.attempted.cpu() & ~unlucky
         played.broken[rows] = broken
         played.nonfinite = verdict.nonfinite
+        if not self.surface.random:
+            held = self.index[rows[~broken]].tolist()
+            played.silent = sum(i in self.seen for i in held)
         played.forwards, played.backwards = int(outcome.forwards.sum()), int(outcome.backwards.sum())
         played.borderline = verdict.borderline
         played.violations = dict(verdict.violations)
@@ -314,8 +326,16 @@ class Playing:
         record["diagnosis"] = self._diagnosis(findings, x_adv)
         problems = [f"{g.name}: {problem}" for g in groups for problem in g.problems]
         indicators = [*findings, *statuses(record, problems)]
-        indicators += self.registry.audit(AuditContext(record, tuple(indicators)))
-        record["audit"] = {"verdict": verdict(indicators), "indicators": [i.record() for i in indicators]}
+        audited = audit_match(self, record, rows, indicators, standing)
+        indicators += audited.indicators if audited else ()
+        record["audit"] = {
+            "verdict": verdict(indicators, audited is not None),
+            "level": self.running.audit if audited else "none",
+            "indicators": [i.record() for i in indicators],
+            "forwards": audited.forwards if audited else 0,
+            "backwards": audited.backwards if audited else 0,
+            "seconds": audited.seconds if audited else 0.0,
+        }
         record["notes"] = [*self.arranged.notes, *map(str, self.registry.problems)]
         natural, k = record["natural"]["accuracy"], self.arranged.images.n_classes
         if near_chance(natural, k):
@@ -329,5 +349,5 @@ class Playing:
     def _diagnosis(self, findings: list[Indicator], x_adv: Tensor) -> dict[str, Any] | None:
         if any(i.flag and i.fatal for i in findings):
             return None
-        model = self._build()
+        model = self.build()
         return diagnose(model, self.surface, self.x, self.y, x_adv.to(self.x.device), self.n_classes)

@@ -153,7 +153,12 @@ class Registry:
         """Collect plugins' indicators."""
         found: list[Indicator] = []
         for plugin, made in self.calls("arena_audit", context=context):
-            found += self._listed(plugin, "arena_audit", made)
+            for one in self._listed(plugin, "arena_audit", made):
+                if isinstance(one, Indicator):
+                    found.append(one)
+                else:
+                    what = f"arena_audit returned a {type(one).__name__}, expected Indicators"
+                    self.problems.append(self._problem(plugin, what))
         return found
 
     def announce(self, hook: str, **arguments: Any) -> None:

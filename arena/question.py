@@ -33,7 +33,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Running:
-    """How it is answered: nothing here changes the outcome."""
+    """How it is answered: nothing here changes what the attacks find."""
 
     device: str = "auto"
     batch_size: int | None = None
@@ -42,5 +42,7 @@ class Running:
     replay: bool = False
     """Attack again although a result is stored."""
     retrain: bool = False
+    audit: str = "normal"
+    """``normal | deep | none``: how much the audit looks at; it changes no attack, only the verdict."""
     matrix: bool = False
     """Let every attack meet every naturally correct point: fills ``unique_broken``, costs passes."""

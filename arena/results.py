@@ -52,6 +52,8 @@ class Played:
     borderline: int = 0
     nonfinite: int = 0
     """Points at which the model's logits were not finite; they count as broken."""
+    silent: int = 0
+    """Points that it saw broken and handed over unbroken."""
     error: str = ""
     trace: str = ""
     """Traceback of a crash."""
@@ -93,6 +95,7 @@ def attack_row(played: Played, correct: Tensor, unique: int | None = None) -> di
         "violations": played.violations,
         "borderline": played.borderline,
         "nonfinite": played.nonfinite,
+        "silent": played.silent,
         "error": played.error or None,
         "trace": played.trace or None,
     }

@@ -144,3 +144,12 @@ def test_questions_are_named_by_what_tells_them_apart(card):
         "sat · digits · eps 0.1",
         "sat · digits · eps 0.1 · train seed 1",
     ]
+
+
+def test_a_card_says_how_much_is_audited(card):
+    deep = card('[match]\ndefense = "sat"\n[run]\naudit = "deep"')
+    assert read_card(deep).running.audit == "deep"
+    assert read_card(deep, {"audit": "none"}).running.audit == "none"
+    assert read_card(card('[match]\ndefense = "sat"')).running.audit == "normal"
+    with pytest.raises(ArenaError, match=r"run.audit: expected normal, deep or none, got 'depe'"):
+        read_card(card('[match]\ndefense = "sat"\n[run]\naudit = "depe"'))

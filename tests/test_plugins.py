@@ -403,7 +403,7 @@ def test_arena_audit(install):
         from arena.specs import Indicator
         @hookimpl
         def arena_audit(context):
-            return [Indicator("mine", True, evidence=context)]
+            return [Indicator("mine", True, evidence=context), ("mine", True)]
         """,
     )
     install(
@@ -418,7 +418,8 @@ def test_arena_audit(install):
     registry = found("a-first", "b-second")
     assert [(i.name, i.evidence) for i in registry.audit("seen")] == [("mine", "seen")]
     assert problems(registry) == [
-        "plugin b-second 1.0 (b-second): arena_audit returned nothing (None), expected an iterable"
+        "plugin a-first 1.0 (a-first): arena_audit returned a tuple, expected Indicators",
+        "plugin b-second 1.0 (b-second): arena_audit returned nothing (None), expected an iterable",
     ]
 
 

@@ -47,6 +47,12 @@ VS = "autoattack,adaptive"
 @click.option(
     "--matrix", is_flag=True, help="Let all attacks meet all points: shows what only one breaks, costs passes."
 )
+@click.option(
+    "--audit",
+    type=click.Choice(("normal", "deep")),
+    help="How much the audit looks at before it says a verdict; deep takes more points and time.  [default: normal]",
+)
+@click.option("--no-audit", is_flag=True, help="Leave the audit out: the verdict is then never clear.")
 @click.option("--all", "everything", is_flag=True, help="Give each row of a sweep its own line.")
 @options.quiet
 def command(
@@ -81,6 +87,7 @@ def command(
     if fail_under is not None and math.isnan(fail_under):
         raise ArenaError("--fail-under nan: expected a percentage from 0 to 100")
     given["batch_size"] = _batch_size(given["batch_size"])
+    given["audit"] = _audit(given["audit"], given.pop("no_audit"))
     if defense.endswith(".toml"):
         from arena.cli.card import play_card
 
@@ -122,8 +129,15 @@ def how(given: dict[str, Any]) -> Running:
     """Take what says how to run out of the options."""
     from arena.question import Running
 
-    names = ("device", "batch_size", "precision", "replay", "retrain", "matrix")
-    return Running(**{k: given.pop(k) for k in names})
+    names = ("device", "batch_size", "precision", "replay", "retrain", "matrix", "audit")
+    taken = {k: given.pop(k) for k in names}
+    return Running(**{k: v for k, v in taken.items() if (k, v) != ("audit", None)})
+
+
+def _audit(level: str | None, without: bool) -> str | None:
+    if level and without:
+        raise ArenaError(f"--audit {level} and --no-audit: give one of them")
+    return "none" if without else level
 
 
 def _batch_size(text: str) -> int | None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from arena.store import Store
 
 VERDICTS = {
-    "not_audited": "not audited: no attack failed, no audit of the attacks was made",
+    "not_audited": "not audited: no attack failed, and nothing else was looked at",
     "clear": "clear: no flag is raised; that is no proof",
     "suspect": "suspect: the number may be too high",
     "void": "void: the number means nothing",
@@ -24,10 +24,18 @@ _STYLES = {"clear": "green", "suspect": "yellow", "void": "red"}
 Record = Mapping[str, Any]
 
 
-def draw(console: Console, record: Record, store: Store | None = None, *, everything: bool = False) -> None:
+def draw(
+    console: Console,
+    record: Record,
+    store: Store | None = None,
+    *,
+    everything: bool = False,
+    indicators: bool = False,
+) -> None:
     """Print a result.
 
-    ``store`` is searched for the twin's result; ``everything`` gives each row of a sweep its own line.
+    ``store`` is searched for the twin's result; ``everything`` gives each row of a sweep its own line;
+    ``indicators`` lists the audit's silent ones too.
     """
     _headline(console, record, store)
     if record.get("attacks"):
@@ -36,6 +44,7 @@ def draw(console: Console, record: Record, store: Store | None = None, *, everyt
     if record.get("rosters"):
         console.print()
         _rosters(console, record)
+    _audit(console, record, indicators)
     _remarks(console, record)
     _handles(console, record, store)
 
@@ -222,12 +231,45 @@ def _rosters(console: Console, record: Record) -> None:
     console.print(made)
 
 
+def _audit(console: Console, record: Record, everything: bool) -> None:
+    """Print what speaks against the number, each remedy once, and what the audit cost."""
+    audit = record.get("audit") or {}
+    found = audit.get("indicators", ())
+    lines, told = [], set()
+    for i in (i for i in found if i.get("flag")):
+        remedy = (i.get("remedy") or "").replace("RESULT", record["id"])
+        command = remedy[max(0, remedy.find("arena match ")) :]  # words differ, what to run is the same
+        lines.append(
+            f"! {i['name']}: {i.get('evidence') or 'flagged'}"
+            + (f" ({remedy})" if remedy and command not in told else "")
+        )
+        told.add(command)
+    if audit.get("seconds"):
+        cost = f"{count(audit.get('forwards'))} forwards, {count(audit.get('backwards'))} backwards"
+        level = "" if audit.get("level") == "normal" else f" ({audit.get('level')})"
+        flags = sum(bool(i.get("flag")) for i in found)
+        lines.append(f"audit{level}: {flags} of {len(found)} indicators flagged; {cost}, {clock(audit['seconds'])}")
+    if lines:
+        console.print()
+    for line in lines:
+        console.print(cell(line))
+    if everything and found:
+        made = table("indicator", "=flag", ">value", ">threshold", tight=console.width < WIDE)
+        for i in found:
+            shown = [_figure(i.get("value")), _figure(i.get("threshold"))]
+            made.add_row(cell(i["name"]), cell("!" if i.get("flag") else "", style="yellow"), *map(cell, shown))
+        console.print(made)
+        for i in found:
+            if i.get("evidence") and not i.get("flag") and i["name"] != "unread_parameters":  # that one is a note
+                console.print(cell(f"{i['name']}: {i['evidence']}", "dim"))
+
+
+def _figure(value: Any) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def _remarks(console: Console, record: Record) -> None:
-    flags = [i for i in (record.get("audit") or {}).get("indicators", ()) if i.get("flag")]
     lines = []
-    for i in flags:
-        remedy = f" ({i['remedy'].replace('RESULT', record['id'])})" if i.get("remedy") else ""
-        lines.append(f"! {i['name']}: {i.get('evidence') or 'flagged'}{remedy}")
     diagnosis = record.get("diagnosis") or {}
     for name, head in (diagnosis.get("heads") or {}).items():
         text = f"head {name}: accuracy {percent(head['accuracy'])} %, agrees with the output on "

@@ -49,7 +49,7 @@ def command(result: str | None, everything: bool, as_json: bool) -> int:
             click.echo(json.dumps(record, indent=2, ensure_ascii=False))
         else:
             try:
-                draw(console, record, store, everything=everything)
+                draw(console, record, store, everything=everything, indicators=True)
             except (KeyError, TypeError, AttributeError) as error:
                 if not result.endswith(".json"):
                     raise

@@ -17,6 +17,7 @@ def test_defaults(arena, played):
     assert (question.defense, question.vs, question.dataset) == ("sat", ("autoattack", "adaptive"), "digits")
     assert (question.n, question.seed, question.train_seed, question.eps) == (None, 0, 0, None)
     assert (running.batch_size, running.replay, running.retrain, running.matrix) == (None, False, False, False)
+    assert running.audit == "normal"
 
 
 def test_every_option_arrives(arena, played):
@@ -75,6 +76,22 @@ def test_what_plugins_print_stays_out_of_the_record(arena, played, record):
     done = arena("match", "sat", "--json", "-")
     assert json.loads(done.out) == record
     assert "a plugin says hello" in done.err
+
+
+@pytest.mark.parametrize(
+    ("args", "level"), [("--audit deep", "deep"), ("--no-audit", "none"), ("--audit normal", "normal")]
+)
+def test_how_much_is_audited(arena, played, args, level):
+    arena("match", "sat", *args.split())
+    ((_, running),) = played.asked
+    assert running.audit == level
+
+
+def test_an_audit_and_none(arena, played):
+    assert (
+        arena("match", "sat", "--audit", "deep", "--no-audit").refusal
+        == "--audit deep and --no-audit: give one of them"
+    )
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ def test_parameters_that_nothing_reads_are_a_note_and_no_flag(arena, plant, reco
     plant(record)
     out = arena("show", "0123").out
     assert "note: 7 parameters change no logits" in out
-    assert "unread_parameters" not in out
-    assert "the last bits" not in out
+    assert "! unread_parameters" not in out
+    assert out.count("7 parameters change no logits") == 1
 
 
 def test_the_screen(arena, plant, record):
@@ -126,7 +126,38 @@ def test_flags_are_spelt_out(arena, plant, record):
     out = squeeze(arena("show", "0123").out)
     assert "verdict suspect: the number may be too high" in out
     assert "! attack_not_ok: apgd_t: crashed (tell its author)" in out
-    assert "silent" not in out
+    assert "silent: nothing" in out  # show lists the silent ones too
+    assert out.index("silent: nothing") > out.index("attack_not_ok !")
+
+
+def test_a_remedy_is_told_once_and_all_indicators_are_listed(arena, plant, record):
+    run = "arena match fgaa_sat --vs square"
+    indicators = [
+        {
+            "name": "one",
+            "flag": True,
+            "value": 0.25,
+            "threshold": 0.05,
+            "evidence": "first",
+            "remedy": f"do this: {run}",
+        },
+        {
+            "name": "two",
+            "flag": True,
+            "value": 1.0,
+            "threshold": 0.05,
+            "evidence": "second",
+            "remedy": f"or that: {run}",
+        },
+        {"name": "three", "flag": False, "value": 0.012345, "threshold": 0.1, "evidence": "", "remedy": ""},
+    ]
+    cost = {"level": "deep", "forwards": 31000, "backwards": 9000, "seconds": 1.5}
+    record["audit"] = {"verdict": "suspect", "indicators": indicators, **cost}
+    plant(record)
+    out = squeeze(arena("show", "0123").out)
+    assert f"! one: first (do this: {run})" in out
+    assert "! two: second audit (deep): 2 of 3 indicators flagged; 31k forwards, 9k backwards, 1.5 s" in out
+    assert "one ! 0.25 0.05 two ! 1 0.05 three 0.0123 0.1" in out
 
 
 def test_a_match_that_was_not_played(arena, plant, record):

@@ -29,6 +29,7 @@ BAD_ATTACKS = {
     "hooks_model": "patches the search copy's forward",
     "exits": "calls sys.exit",
     "short_claims": "returns fewer claims than points",
+    "forgets": "sees breaks and hands over its input",
     "unloadable": "names code that is not there",
 }
 
@@ -106,6 +107,23 @@ class ClaimsSuccess:
         return 1, 0
 
 
+class Forgets(ClaimsSuccess):
+    """Walks to the mirrored picture, cut to the ball."""
+
+    def __init__(self, setup):
+        self.threat = setup.threat
+
+    def ask(self, state):
+        return Query(self.threat.project(state["x"], 1 - state["x"]).unsqueeze(1))
+
+    def tell(self, state, answer):
+        always = torch.ones_like(state["done"])
+        return {"best": state["x"], "done": always}
+
+    def start(self, index, x, y, clean):
+        return {"best": x, "done": torch.zeros(len(y), dtype=torch.bool)}
+
+
 class CrashesMidway(ClaimsSuccess):
     def tell(self, state, answer):
         raise RuntimeError("planted")
@@ -113,7 +131,11 @@ class CrashesMidway(ClaimsSuccess):
 
 @hookimpl
 def arena_register_attacks():
-    iterated = {"claims_success_iterated": "ClaimsSuccess", "crashes_midway": "CrashesMidway"}
+    iterated = {
+        "claims_success_iterated": "ClaimsSuccess",
+        "crashes_midway": "CrashesMidway",
+        "forgets": "Forgets",
+    }
     for name, summary in BAD_ATTACKS.items():
         if name == "unloadable":
             yield AttackSpec(name, summary, NORMS, run="arena_cheats:not_there")
@@ -209,6 +231,11 @@ class NoGradient(Base):
         return self.scores(x.detach())
 
 
+class OneHot(Base):
+    def forward(self, x):
+        return torch.nn.functional.one_hot(self.scores(x).argmax(1), 10).float()
+
+
 class Nan(Base):
     def forward(self, x):
         return self.scores(x) / (x.flatten(1).sum(1, keepdim=True) > 1e9)
@@ -251,6 +278,10 @@ def probabilities():
 
 def no_gradient():
     return NoGradient()
+
+
+def one_hot():
+    return OneHot()
 
 
 class Constant(Base):
