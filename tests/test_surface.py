@@ -242,7 +242,7 @@ def test_all_errors_of_a_file_come_at_once(tmp_path):
         "'knobs' (expected tables [knobs.NAME])",
         "'heads.a.pth'",
         "did you mean 'path'?",
-        "'heads.b' lacks a key (it takes path, call, output)",
+        "'heads.b' lacks a key (it takes path, call, output, answers)",
         "'heads.c.call' (got 'two')",
         "'gates.g' (expected a table)",
     }
