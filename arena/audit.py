@@ -81,11 +81,9 @@ def again(record: Mapping[str, Any], vs: str, *more: str) -> str:
     words = ["arena", "match", record["defense"], "--vs", vs, "--dataset", asked["dataset"]]
     words += ["--backbone", asked["backbone"]] if asked.get("backbone") else []
     words += ["--norm", threat["norm"], "--eps", threat["eps"], "-n", str(asked["n"])]
-    for key in ("seed", "train_seed", "train_norm", "train_eps"):
+    for key in ("seed", "train_seed", "train_norm", "train_eps", "checkpoint", "surface"):
         if asked.get(key):
             words += [f"--{key.replace('_', '-')}", str(asked[key])]
-    weights = record["model"].get("trained") or {}
-    words += ["--checkpoint", str(weights["checkpoint"])] if weights.get("weights") == "checkpoint" else []
     return shlex.join([*words, *more])
 
 

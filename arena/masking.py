@@ -164,15 +164,12 @@ def boundary_jump(probe: Probe) -> Indicator:
     if found and probe.adaptive and (probe.surface.selections or probe.surface.gates):
         text += "; the surface declares hard choices and adaptive attacked them"
         return Indicator("boundary_jump", False, share(jumps), t.JUMPS, text)
-    return finding(
-        "boundary_jump",
-        found,
-        share(jumps),
-        t.JUMPS,
-        text,
-        "declare the choice (a selection or a gate, --surface FILE.toml) and play adaptive; until then: "
-        + probe.command(BLACK_BOX),
-    )
+    if probe.surface.selections or probe.surface.gates:
+        remedy = "attack the choices that the surface declares: " + probe.command("autoattack,adaptive")
+    else:
+        remedy = "declare the choice (a selection or a gate, --surface FILE.toml) and play adaptive; until then: "
+        remedy += probe.command(BLACK_BOX)
+    return finding("boundary_jump", found, share(jumps), t.JUMPS, text, remedy)
 
 
 def _next(differs: Tensor) -> Tensor:

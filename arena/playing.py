@@ -288,6 +288,8 @@ class Playing:
                 "train_seed": question.train_seed,
                 "train_norm": question.train_norm,
                 "train_eps": question.train_eps,
+                "checkpoint": None if question.checkpoint is None else str(question.checkpoint),
+                "surface": None if question.surface is None else str(question.surface),
                 "indices_sha256": indices_hash(arranged.index),
                 "data_sha256": arranged.images.sha256,
                 "subset_rule": arranged.images.subset_rule,

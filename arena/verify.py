@@ -111,7 +111,7 @@ def verify(
     Raises:
         ArenaError: no such result or file, corrupt examples, a model that is not the one the result is about.
     """
-    claim = _claim(what, registry, against, dataset, backbone, norm, eps, train_seed, train_norm, train_eps)
+    claim = _claim(what, registry, against, dataset, backbone, norm, eps, train_seed, train_norm, train_eps, checkpoint)
     images = open_images(claim.dataset, registry)
     planned = plan(
         claim.defense,
@@ -146,6 +146,7 @@ def _claim(
     train_seed: int | None,
     train_norm: str | None,
     train_eps: str | None,
+    checkpoint: Path | None,
 ) -> Claim:
     path = Path(what).expanduser()
     if path.suffix == ".npz":
@@ -175,6 +176,11 @@ def _claim(
             raise ArenaError(
                 f"result {record['id']} is about '{record['defense']}', a model of your own: "
                 "say where it is with --against FILE.py:FACTORY (and --checkpoint)"
+            )
+        if asked.get("checkpoint") and checkpoint is None:
+            raise ArenaError(
+                f"result {record['id']}: its weights came from the file '{asked['checkpoint']}'; "
+                "say where it is with --checkpoint FILE"
             )
         file = Path(record["examples"]["file"])
         beside = path.parent / file.name

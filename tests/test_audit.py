@@ -313,6 +313,7 @@ RECORD = {
         "n": 50,
         "seed": 3,
         "train_seed": 0,
+        "checkpoint": "w.safetensors",
     },
     "model": {"trained": {"weights": "checkpoint", "checkpoint": "w.safetensors"}},
 }

@@ -166,3 +166,15 @@ def test_matches_at_other_radii_attack_the_same_model(registry, arena_home):
     other = arrange(Question("sat", ("pgd",), n=8, train_eps="0.1"), Running(), registry)
     assert other.plan.key not in models
     assert "--eps 0.1" in other.plan.command
+
+
+def test_weights_from_a_file_are_asked_for_and_never_read_from_the_record(registry, arena_home, tmp_path):
+    from arena.checkpoints import write_weights
+
+    file = tmp_path / "weights.safetensors"
+    write_weights(file, arena_cheats.honest().state_dict())
+    question = Question(MODEL, ("apgd_ce",), n=30, eps="0.08", checkpoint=file)
+    record = play(question, Running(device="cpu"), registry, Silent()).record
+    with pytest.raises(ArenaError, match=r"weights came from the file '.*weights.safetensors'; .* --checkpoint FILE"):
+        again(registry, record["id"])
+    assert again(registry, record["id"], checkpoint=file).agrees

@@ -307,8 +307,8 @@ def _handles(console: Console, record: Record, store: Store | None) -> None:
     words = ["arena", "verify", record["id"]]
     if ":" in record["defense"].partition("(")[0]:
         words += ["--against", plain(record["defense"])]
-        weights = record["model"].get("trained") or {}
-        words += ["--checkpoint", plain(weights.get("checkpoint"))] if weights.get("weights") == "checkpoint" else []
+    if record["asked"].get("checkpoint"):
+        words += ["--checkpoint", plain(record["asked"]["checkpoint"])]
     if record["model"].get("twin") and store is not None and twin(record, store) is None:
         console.print(f"no module {plain(replay(record))}", soft_wrap=True)
     console.print(f"re-score  {shlex.join(words)}", soft_wrap=True)

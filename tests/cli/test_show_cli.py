@@ -191,7 +191,7 @@ def test_a_model_of_ones_own_is_rescored_with_what_was_given(arena, plant, recor
     record |= {"defense": "my models/net.py:make"}
     plant(record)
     assert "arena verify 0123456789ab --against 'my models/net.py:make'\n" in arena("show", "0123").out
-    record["model"]["trained"] = {"weights": "checkpoint", "checkpoint": "w.safetensors"}
+    record["asked"]["checkpoint"] = "w.safetensors"
     record["id"] = "ffff" * 3
     plant(record, "p")
     assert "make' --checkpoint w.safetensors\n" in arena("show", "ffff").out
