@@ -35,7 +35,7 @@ HEAD = """# Defenses
 
 Made by `python docs/make_defenses.py`; do not edit. Each heading leads to the page that says what the defenses of its
 table do, where they sit, what they expose, their switches, and where paper and code differ.
-What they cost in parameters, FLOPs and training time: [overheads](overheads.md); how they train: [training](training.md).
+What they cost: [overheads](overheads.md); how they train: [training](training.md).
 
 - **exposes**: what an attack may use besides the logits, under default options: heads (classifiers inside the model),
   gates, selections (hard choices), knobs (attributes that may be turned), randomness.
