@@ -162,7 +162,7 @@ class Lines:
         if self._phase is None:
             return
         self._phase.advance(done, note, self._now())
-        if self._now() - self._last >= EVERY:
+        if done < self._phase.total and self._now() - self._last >= EVERY:  # the end has a line of its own
             self._last = self._now()
             self._write(self._phase.line(self._last))
 
