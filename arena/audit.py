@@ -1,8 +1,8 @@
 """Doubt beside the number: indicators and the verdict they add up to.
 
 Three kinds: what the defense check found, what the attacks' rows say, what the audit sees for itself
-(``arena.indicators``, ``arena.planted``). Plugins add theirs through ``arena_audit``. No flag is ``clear``, which is no
-proof; a match whose audit was left out, or that had nothing to attack, is ``not_audited``.
+(``arena.auditing``). Plugins add theirs through ``arena_audit``. No flag is ``clear``, which is no proof; a match whose
+audit was left out, or that had nothing to attack, is ``not_audited``.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from arena import thresholds as t
+from arena.auditing import thresholds as t
 from arena.specs import Indicator
 
 if TYPE_CHECKING:
-    from arena.probing import Probe
+    from arena.auditing.probing import Probe
     from arena.results import Played
 
 VERDICTS = ("clear", "suspect", "void", "not_audited")
@@ -56,7 +56,7 @@ def audit(context: AuditContext, watch: Callable[[int, str], None] = lambda done
 
     ``watch`` is told how many are done, and the name of the next.
     """
-    from arena.indicators import BUILT_IN
+    from arena.auditing.indicators import BUILT_IN
 
     probe = context.probe
     looks: dict[str, Callable[[], Indicator]] = {k: partial(f, context) for k, f in FROM_ROWS.items()}

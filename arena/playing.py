@@ -16,7 +16,8 @@ from torch import Tensor
 from arena.arrangement import Arrangement, indices_hash
 from arena.attack import Setup, Unsupported, bound
 from arena.audit import statuses, verdict
-from arena.auditing import audit_match
+from arena.auditing.observing import Observed
+from arena.auditing.run import audit_match
 from arena.check import PROBE, changed_parts, check_defense, state_hash
 from arena.contender import seeded
 from arena.datasets import to_float
@@ -25,7 +26,6 @@ from arena.engine import Outcome, run_iterated, run_plain
 from arena.journal import AttackKeeper, Journal
 from arena.lineup import Group, Planned, line_up
 from arena.models import Contender, near_chance
-from arena.observing import Observed
 from arena.plugins import Registry
 from arena.question import Running
 from arena.referee import DRAWS, Judgement, Referee

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from arena import conduct, indicators, masking
-from arena import planted as planting
 from arena.audit import AuditContext, again, audit, gradient_free_beats_gradients, verdict
 from arena.audit import adaptive_beats_standard as adaptive_only
+from arena.auditing import conduct, indicators, masking
+from arena.auditing import planted as planting
+from arena.auditing.probing import Points, Probe, direction, many
 from arena.contender import seeded
 from arena.datasets import digits, to_float
 from arena.plugins import discover
-from arena.probing import Points, Probe, direction, many
 from arena.referee import Referee
 from arena.rng import Stream
 from arena.specs import Indicator

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from arena import thresholds as t
-from arena.probing import BLACK_BOX, Probe, finding
+from arena.auditing import thresholds as t
+from arena.auditing.probing import BLACK_BOX, Probe, finding
 from arena.referee import exact
 from arena.specs import Indicator
 from arena.target import pad

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from arena import thresholds as t
-from arena.probing import Probe, direction
+from arena.auditing import thresholds as t
+from arena.auditing.probing import Probe, direction
 from arena.specs import Indicator
 from arena.target import pad
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from arena import thresholds
 from arena.audit import FROM_ROWS, AuditContext, Audited, again, audit
+from arena.auditing import thresholds
+from arena.auditing.indicators import BUILT_IN
+from arena.auditing.probing import Points, Probe
 from arena.contender import seeded
-from arena.indicators import BUILT_IN
-from arena.probing import Points, Probe
 from arena.results import Played
 from arena.rng import Stream
 from arena.specs import Indicator

@@ -1,7 +1,8 @@
 """Indicators of attacks that fail on their way: do more steps, more starts and more room help, as they must?
 
 Each is a pure function of a ``Probe`` and of nothing that an attack of the match left behind. Sources: Pintor et al.
-2022 (arXiv 2106.09947), Carlini et al. 2019 (arXiv 1902.06705). Thresholds and their reasons: ``arena.thresholds``.
+2022 (arXiv 2106.09947), Carlini et al. 2019 (arXiv 1902.06705). Thresholds and their reasons:
+``arena.auditing.thresholds``.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from fractions import Fraction
 
 import torch
 
-from arena import thresholds as t
-from arena.conduct import hidden_randomness, memory, optimizes_inside
-from arena.masking import (
+from arena.auditing import thresholds as t
+from arena.auditing.conduct import hidden_randomness, memory, optimizes_inside
+from arena.auditing.masking import (
     boundary_jump,
     gradient_agreement,
     logit_scale,
@@ -22,8 +23,8 @@ from arena.masking import (
     search_beats_gradient,
     zero_gradients,
 )
-from arena.planted import planted
-from arena.probing import BLACK_BOX, LONG, MARGINS, STEP, STEPS, Points, Probe, finding, many, share
+from arena.auditing.planted import planted
+from arena.auditing.probing import BLACK_BOX, LONG, MARGINS, STEP, STEPS, Points, Probe, finding, many, share
 from arena.specs import Indicator
 
 

@@ -11,8 +11,20 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from arena import thresholds as t
-from arena.probing import BLACK_BOX, LONG, MARGINS, NOISE_POINTS, STEPS, Points, Probe, direction, finding, many, share
+from arena.auditing import thresholds as t
+from arena.auditing.probing import (
+    BLACK_BOX,
+    LONG,
+    MARGINS,
+    NOISE_POINTS,
+    STEPS,
+    Points,
+    Probe,
+    direction,
+    finding,
+    many,
+    share,
+)
 from arena.specs import Indicator
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from arena.attack import Answer, Query, Setup
+from arena.auditing.thresholds import DRAWS, FEWEST
 from arena.engine import run_iterated
 from arena.plugins import Registry
 from arena.referee import Referee, relative_margin
@@ -22,7 +23,6 @@ from arena.specs import Indicator, load
 from arena.surface import Surface
 from arena.target import Target
 from arena.threat import Threat
-from arena.thresholds import DRAWS, FEWEST
 
 #: Steps of a usual climb, and its step as a share of the radius.
 STEPS, STEP = 20, 0.125
