@@ -30,6 +30,10 @@ class Unsupported(Exception):  # noqa: N818 (named like the status it leads to)
     """Raised by an attack's factory: it cannot attack this defense or threat model; the status is ``unsupported``."""
 
 
+def _nothing_to_lend(name: str) -> None:
+    raise Unsupported(f"no other model is at hand, '{name}' neither")
+
+
 @dataclass(frozen=True)
 class Setup:
     """What is the same for all rows of one attack in one match."""
@@ -41,6 +45,8 @@ class Setup:
     """(C, H, W)."""
     stream: Stream
     """Random numbers; always drawn for the rows' data-set indices, ``state["index"]``."""
+    lend: Callable[[str], None] = _nothing_to_lend
+    """Makes another defense's model ready as a surrogate's ``source``; raises ``Unsupported`` where it cannot."""
 
     def term(self, head: str) -> int:
         """Return the position of ``head`` among the terms of an objective: 0 is the logits, heads follow in order.

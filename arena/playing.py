@@ -13,19 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arena.arrangement import Arrangement, indices_hash
+from arena.arrangement import Arrangement, indices_hash, threat_model
 from arena.attack import Setup, Unsupported, bound
 from arena.audit import statuses, verdict
 from arena.auditing.observing import Observed
 from arena.auditing.run import audit_match
 from arena.check import PROBE, changed_parts, check_defense, state_hash
 from arena.contender import seeded
-from arena.datasets import to_float
+from arena.datasets import describe, to_float
 from arena.diagnosis import diagnose
 from arena.engine import Outcome, run_iterated, run_plain
+from arena.errors import ArenaError
 from arena.journal import AttackKeeper, Journal
 from arena.lineup import Group, Planned, line_up
-from arena.models import Contender, near_chance
+from arena.models import Contender, near_chance, plan
 from arena.plugins import Registry
 from arena.question import Running
 from arena.referee import DRAWS, Judgement, Referee
@@ -45,6 +46,7 @@ from arena.rng import Stream
 from arena.specs import Indicator, load, text
 from arena.store import Outcomes, new_id
 from arena.target import DEFAULT_BATCH, Target
+from arena.usermodels import OwnPlan
 from arena.watch import Watch
 
 
@@ -168,7 +170,7 @@ class Playing:
         x, y, index = self.x[rows], self.y[rows], self.index[rows]
         stream = Stream.of(arranged.question.seed, planned.name)
         if spec.iterate:
-            setup = Setup(arranged.threat, self.n_classes, self.surface, arranged.images.shape, stream)
+            setup = Setup(arranged.threat, self.n_classes, self.surface, arranged.images.shape, stream, self._lend)
             # A minimal attack is nearly always at a mistake, so looking at each one would cost 8 % of its time.
             attack = Observed(
                 load(spec.iterate)(setup, **planned.options), arranged.threat, 8 if spec.kind == "minimal" else 1
@@ -205,6 +207,31 @@ class Playing:
             keeper,
             lambda _, done: self.watch.advance(done),
         )
+
+    def _lend(self, name: str) -> None:
+        """Put another defense's model, trained as this match's question says, at the target's disposal."""
+        if name in self.target.sources:
+            return
+        question, images = self.arranged.question, self.arranged.images
+        spec = describe(question.dataset, self.registry)
+        try:
+            planned = plan(
+                name,
+                dataset=question.dataset,
+                images=images,
+                backbone=None if isinstance(self.arranged.plan, OwnPlan) else question.backbone,
+                train_seed=question.train_seed,
+                threat=threat_model(spec, question.train_norm, question.train_eps),
+                checkpoint=None,
+                surface=None,
+                registry=self.registry,
+            )
+            if isinstance(planned, OwnPlan):
+                raise Unsupported(f"'{name}': expected a registered defense")
+            other = planned.obtain(train=spec.cpu, retrain=False, device=self.running.device, watch=self.watch)
+        except ArenaError as error:
+            raise Unsupported(str(error)) from None
+        self.target.sources[name] = other.build().to(self.running.device)
 
     def _enter(self, played: Played, rows: Tensor, outcome: Outcome, verdict: Judgement) -> None:
         """Write the referee's word into the row; verified breaks always count."""

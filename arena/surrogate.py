@@ -30,10 +30,12 @@ class Surrogate:
     """Values that gates are held at: a number, or one per row, (N,). What is read is still the gate's own value."""
     knobs: Mapping[str, Any] = field(default_factory=dict)
     """Values of knobs, the same for all rows."""
+    source: str = ""
+    """Another defense's model in the place of this one, lent by ``Setup.lend``; only its output is read."""
 
     def __bool__(self) -> bool:
         """Tell whether anything is set at all; without settings the surrogate is the model."""
-        return bool(self.modes or self.gates or self.knobs)
+        return bool(self.modes or self.gates or self.knobs or self.source)
 
     def rows(self, index: Tensor) -> Surrogate:
         """Return the settings for a subset of rows."""
@@ -41,6 +43,7 @@ class Surrogate:
             {k: mode.rows(index) for k, mode in self.modes.items()},
             {k: v[index] if isinstance(v, Tensor) else v for k, v in self.gates.items()},
             self.knobs,
+            self.source,
         )
 
 

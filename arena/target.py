@@ -56,6 +56,8 @@ class Target:
     """Largest physical batch, rows; rounded up to a multiple of 8."""
     device: str = "cpu"
     meter: Meter = field(default_factory=Meter)
+    sources: dict[str, nn.Module] = field(default_factory=dict)
+    """Other models by name, for surrogates that are one of them; in eval mode, without gradients of parameters."""
 
     def __post_init__(self) -> None:
         self.batch_size = padded(self.batch_size)
@@ -162,7 +164,7 @@ class Target:
         gradient = None
         with torch.set_grad_enabled(grad), posing(self.model, self.surface, query.surrogate):
             leaf = x.detach().requires_grad_(grad)
-            reading = self._reader(leaf)
+            reading = self._read(leaf, query)
             scores = reading.scores() if query.weights is not None and reading.heads else None
             gates = gate_values(reading) if query.gates is not None else None
             value = _value(query, reading.logits, scores, gates, y)
@@ -172,6 +174,10 @@ class Target:
                 else:
                     gradient = torch.autograd.grad(value.sum(), leaf)[0]
         return value, reading.logits, _errors(reading.logits, y), gradient, scores, gates
+
+    def _read(self, x: Tensor, query: Query) -> Reading:
+        source = query.surrogate.source if query.surrogate else ""
+        return Reading(self.sources[source](x), {}, {}) if source else self._reader(x)
 
 
 def _errors(logits: Tensor, y: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from arena.hookspecs import hookimpl
 from arena.specs import AttackSpec, Option, RosterSpec
 
-from .catalog_surface import CHOICES, GATES, JOINT
+from .catalog_surface import CHOICES, GATES, JOINT, SOURCES
 from .options import BOTH, HEAD, TARGETS, loss, restarts, step, steps
 
 _PGD = (
@@ -196,4 +196,4 @@ _ROSTERS = (
 @hookimpl
 def arena_register_attacks() -> list[AttackSpec | RosterSpec]:
     """Return the built-in attacks and rosters."""
-    return [*_PGD, *_APGD, *GATES, *CHOICES, *JOINT, _FAB, _SQUARE, *_BLACKBOX, *_FOREIGN, *_ROSTERS]
+    return [*_PGD, *_APGD, *GATES, *CHOICES, *JOINT, *SOURCES, _FAB, _SQUARE, *_BLACKBOX, *_FOREIGN, *_ROSTERS]

@@ -88,6 +88,23 @@ CHOICES = (
     ),
 )
 
+SOURCES = (
+    AttackSpec(
+        "transfer",
+        "Auto-PGD on another defense's model, such as the undefended twin's, every iterate tried on this one",
+        BOTH,
+        knowledge="transfer",
+        iterate="arena_attacks.through:transfer",
+        options={
+            "source": Option("rt", "the other defense, trained on the same data set and backbone"),
+            "loss": loss("ce", ("ce", "dlr", "margin", "dlr_targeted")),
+            "steps": steps(100),
+            "restarts": restarts(),
+            "targets": TARGETS,
+        },
+    ),
+)
+
 JOINT = (
     AttackSpec(
         "joint_t",

@@ -170,6 +170,22 @@ def knob(
     return Through(inner, lambda state, query: Surrogate(knobs=settings))
 
 
+def transfer(
+    setup: Setup, *, source: str = "rt", loss: str = "ce", steps: int = 100, restarts: int = 1, targets: int = 9
+) -> Through:
+    """Make Auto-PGD on another defense's model, the undefended or the plainly trained twin's (papers.md 8).
+
+    Every iterate is tried on this model. The other one is trained first where the data set is meant for that.
+
+    Raises:
+        Unsupported: no such defense, or no model of it is at hand.
+    """
+    setup.lend(source)
+    count = targets if loss == "dlr_targeted" else 0
+    inner = Apgd(setup, loss=loss, steps=steps, restarts=restarts, rho=0.75, head="logits", targets=count)
+    return Through(inner, lambda state, query: Surrogate(source=source))
+
+
 def read(value: str) -> Any:
     """Read a knob's value: ``true``, ``false``, a whole number, a number, a fraction, else the text."""
     if value in ("true", "false"):

@@ -417,3 +417,13 @@ def test_a_plugins_indicator_sees_the_probe_and_counts(registry, monkeypatch):
     assert record["audit"]["verdict"] == "suspect"
     assert record["audit"]["indicators"][-1]["name"] == "mine"
     assert [p.planned.name for p in seen[0].played] == ["pgd"]
+
+
+def test_transfer_trains_its_source_and_says_what_it_cannot_have(registry, arena_home):
+    """A model that hides its gradient falls to the undefended twin; an unknown source is named with the nearest."""
+    question = Question("arena_cheats:honest", ("transfer(steps=5)", "transfer(source=sats)"), n=30, eps="0.2")
+    record = play(question, GO, registry, Silent()).record
+    first, second = record["attacks"]
+    assert (first["status"], second["status"]) == ("ok", "unsupported")
+    assert first["forwards"] > 0
+    assert "unknown defense 'sats'; did you mean 'sat'" in second["error"]

@@ -125,6 +125,7 @@ def fight():
         batch_size: int = 64,
         low: float = 0.0,
         high: float = 1.0,
+        sources: dict[str, nn.Module] | None = None,
         **options: Any,
     ) -> Fight:
         threat = Threat.parse(norm, eps)
@@ -135,7 +136,9 @@ def fight():
         target.n_classes = logits.shape[1]
         spec = registry().get("attack", name).spec
         stream = Stream.of(0, name)
-        setup = Setup(threat, target.n_classes, surface, shape, stream)
+        target.sources.update(sources or {})
+        given = {"lend": lambda name: None} if sources else {}
+        setup = Setup(threat, target.n_classes, surface, shape, stream, **given)
         attack = load(spec.iterate)(setup, **complete(name, spec.options, options))
         return Fight(attack, target, threat, x, logits.argmax(1), torch.arange(n) + 100)
 

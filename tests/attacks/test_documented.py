@@ -22,7 +22,8 @@ def test_each_attack_is_documented_with_its_passes():
     expected = {}
     for known in registry().all("attack"):
         if known.distribution == "adversarial-arena" and known.spec.iterate:
-            setup = Setup(Threat.parse("Linf", "0.1"), 10, FULL, (1, 8, 8), Stream.of(0, known.spec.name))
+            stream = Stream.of(0, known.spec.name)
+            setup = Setup(Threat.parse("Linf", "0.1"), 10, FULL, (1, 8, 8), stream, lend=lambda name: None)
             attack = load(known.spec.iterate)(setup, **complete("", known.spec.options, {}))
             expected[known.spec.name] = attack.passes()
     assert found == expected

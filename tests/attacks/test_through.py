@@ -219,3 +219,47 @@ def test_a_tangential_step_has_no_part_along_brightness_and_contrast():
         assert ((left * way).sum((2, 3)).abs() < 1e-5).all()
     torch.testing.assert_close(tangent(x, left), left)
     assert tangent(x, 3 * x + 2).abs().max() < 1e-5
+
+
+class Flat(nn.Module):
+    """Two classes by the brightness of the image; with ``blind`` no gradient reaches the image."""
+
+    def __init__(self, blind: bool) -> None:
+        super().__init__()
+        self.blind = blind
+        self.scale = nn.Parameter(torch.tensor(20.0))
+
+    def forward(self, x):
+        mean = (x.detach() if self.blind else x).mean((1, 2, 3))
+        return torch.stack((mean - 0.45, 0.45 - mean), 1) * self.scale
+
+
+def test_transfer_breaks_what_hides_its_gradient(fight):
+    """The twin shows the way that the model hides; what counts is the model's own answer."""
+    twin = Flat(blind=False).eval().requires_grad_(False)
+    blind = opponents(fight, "pgd", Flat(blind=True), None, eps="0.1", steps=20, random_start=False)
+    assert not blind.broken(blind.run()).any()
+    lent = opponents(fight, "transfer", Flat(blind=True), None, eps="0.1", steps=20, sources={"rt": twin})
+    before = lent.target.meter.forwards
+    outcome = lent.run()
+    assert (outcome.forwards % 2 == 0).all()  # each point is seen by both
+    assert outcome.forwards.sum() == lent.target.meter.forwards - before
+    assert lent.broken(outcome).all()
+
+
+def test_transfer_from_a_model_of_no_use_breaks_nothing(fight):
+    """A source that points the wrong way is believed by nobody."""
+
+    class Turned(Flat):
+        def forward(self, x):
+            return -super().forward(x)
+
+    lent = opponents(
+        fight, "transfer", Flat(blind=False), None, eps="0.1", steps=20, sources={"rt": Turned(blind=False).eval()}
+    )
+    assert not lent.broken(lent.run()).any()
+
+
+def test_transfer_without_a_source_is_unsupported(fight):
+    with pytest.raises(Unsupported, match="no other model is at hand, 'rt' neither"):
+        opponents(fight, "transfer", Flat(blind=False), None)
