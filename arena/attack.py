@@ -153,7 +153,8 @@ class Answer:
     logits: Tensor
     """(N, m, K) main logits, of the model itself."""
     errors: Tensor
-    """(N, m) share of the model's own passes that misclassify the point: 0 or 1 unless the query has draws."""
+    """(N, m) share of the model's own passes that misclassify the point, or whose logits are not finite: 0 or 1 unless
+    the query has draws."""
     scores: Tensor | None = None
     """(N, m, terms, K) logits and heads, where the query's weights read heads."""
     gates: Tensor | None = None

@@ -51,7 +51,7 @@ class Observed:
         rows, which = (answer.errors >= SURE).nonzero(as_tuple=True)
         if len(rows) and self._points is not None:
             logits, point = answer.logits[rows, which], self._points[rows, which]
-            clear = relative_margin(logits, y[rows]) < -CLEARLY
+            clear = ~(relative_margin(logits, y[rows]) >= -CLEARLY)  # or not finite
             box = ((point >= 0) & (point <= 1)).flatten(1).all(1)
             inside = self.threat.inside(state["x"][rows], point) & box & clear
             self.seen.update(state["index"][rows[inside]].tolist())
