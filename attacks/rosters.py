@@ -107,7 +107,7 @@ def _knobs(surface: Surface, targets: int) -> list[Entry]:
     for name, knob in meant.items():
         values, steps = (knob.values[-1:], 10) if surface.random else (knob.values, 20)
         entries += [("knob", {"knob": name, "value": text(v), "steps": steps}) for v in values]
-    if not surface.random and any(v.kind != "constant" for v in meant.values()):
+    if not surface.random and any(v.values and v.kind != "constant" for v in meant.values()):
         entries += [("knob", {"loss": "dlr_targeted", "steps": 20, "targets": targets})]
     return entries
 

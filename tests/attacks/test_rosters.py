@@ -137,7 +137,8 @@ def test_adaptive_on_a_random_model_is_short():
 def test_all_that_adaptive_names_can_be_made(norm, classes):
     """No attack of the roster refuses the surface it was generated from."""
     threat = Threat.parse(norm, "0.1")
-    for surface in (FULL, Surface(), Surface(heads=HEADS), Surface(gates=FULL.gates), Surface(knobs=FULL.knobs)):
+    bare = Surface(knobs={"silent": FULL.knobs["silent"]})  # declared without a value
+    for surface in (FULL, Surface(), Surface(heads=HEADS), Surface(gates=FULL.gates), Surface(knobs=FULL.knobs), bare):
         for name, options in entries("adaptive", surface, threat, classes):
             setup = Setup(threat, classes, surface, (1, 4, 4), Stream.of(0, name))
             attack = load(registry().get("attack", name).spec.iterate)(setup, **options)
