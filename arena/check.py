@@ -84,7 +84,7 @@ def check_defense(
                 f"surface: knob '{name}': '{knob.path or 'the model'}' has no attribute '{knob.attribute}'"
             )
     found = [
-        _determinism(model, surface, x, logits),
+        *_determinism(model, surface, x, logits),
         _neighbours(model, surface, x),
         _place(model, surface, x),
         _finite(logits),
@@ -127,12 +127,13 @@ def _spread(logits: Tensor) -> Tensor:
     return (logits.amax(1) - logits.amin(1)).clamp_min(1e-12)
 
 
-def _determinism(model: nn.Module, surface: Surface, x: Tensor, logits: Tensor) -> Indicator:
+def _determinism(model: nn.Module, surface: Surface, x: Tensor, logits: Tensor) -> list[Indicator]:
+    """Random models are declared, and declared ones are random: they are attacked shorter and looked at less."""
     with exact():
         others = [model(pad(x))[: len(x)] for _ in range(REPEATS)]
     gap = float(torch.stack([((z - logits).abs().amax(1) / _spread(logits)).max() for z in others]).max())
     flag = not gap <= DRIFT and not surface.random
-    return Indicator(
+    undeclared = Indicator(
         "undeclared_randomness",
         flag,
         gap,
@@ -141,6 +142,18 @@ def _determinism(model: nn.Module, surface: Surface, x: Tensor, logits: Tensor) 
         "declare random = true on the surface, so that outcomes are majorities and attacks average" if flag else "",
         fatal=flag,
     )
+    idle = surface.random and gap <= DRIFT
+    return [
+        undeclared,
+        Indicator(
+            "idle_randomness",
+            idle,
+            gap,
+            DRIFT,
+            f"declared random, but the same images gave the same logits {REPEATS + 1} times" if idle else "",
+            "leave random out of the surface: random models are attacked shorter and looked at less" if idle else "",
+        ),
+    ]
 
 
 def _neighbours(model: nn.Module, surface: Surface, x: Tensor) -> Indicator:

@@ -47,7 +47,15 @@ def test_each_cheat_is_named(factory, name, fatal):
 
 
 def test_declared_randomness_is_no_flag():
-    assert "undeclared_randomness" not in flags(arena_cheats.undeclared_randomness, Surface(random=True))
+    found = flags(arena_cheats.undeclared_randomness, Surface(random=True))
+    assert not {"undeclared_randomness", "idle_randomness"} & set(found)
+
+
+def test_randomness_that_is_declared_and_not_there_is_a_flag():
+    found = flags(arena_cheats.Base, Surface(random=True))["idle_randomness"]
+    assert not found.fatal
+    assert found.evidence == "declared random, but the same images gave the same logits 7 times"
+    assert "idle_randomness" not in flags(arena_cheats.Base)
 
 
 def test_batch_statistics_at_test_time_are_found():
