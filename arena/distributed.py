@@ -82,9 +82,16 @@ class World:
             dist.barrier()
 
 
+#: Seconds that the first process has for saying what went wrong, before another one says it.
+FIRST_WORD = 2.0
+
+
 @contextmanager
 def joined(device: str) -> Iterator[tuple[World, str]]:
     """Join the processes that ``torchrun`` or ``launch`` started, if any did; yields the world and this one's device.
+
+    What the user can fix is mostly found by all of them: the others hold such an error back for a moment, and are
+    stopped by ``launch`` or ``torchrun`` where the first has said it.
 
     Raises:
         ArenaError: more processes on this machine than devices.
@@ -104,13 +111,11 @@ def joined(device: str) -> Iterator[tuple[World, str]]:
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield World(rank, size), device
+    except ArenaError:
+        time.sleep(FIRST_WORD if rank else 0.0)
+        raise
     finally:
         dist.destroy_process_group()
-
-
-def inside() -> bool:
-    """Tell whether ``torchrun`` or ``launch`` started this process."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def parse(text: str, available: int) -> tuple[int, ...]:
