@@ -76,7 +76,7 @@ def check_defense(
     start = state_hash(model)
     logits = _first(model, x, n_classes)
     with Reader(model, surface) as read, exact():
-        read(pad(x))
+        _read_alike(surface, logits, read(pad(x)).logits[: len(x)])
     selects(model, surface)
     for name, knob in surface.knobs.items():
         if not hasattr(submodule(model, knob.path), knob.attribute):
@@ -121,6 +121,17 @@ def _first(model: nn.Module, x: Tensor, n_classes: int) -> Tensor:
     if out.shape[1] < n_classes:
         raise ArenaError(f"the model returns {out.shape[1]} logits, the data set has {n_classes} classes")
     return out[: len(x)]
+
+
+def _read_alike(surface: Surface, logits: Tensor, seen: Tensor) -> None:
+    """Refuse a readout whose logits are not the model's: attacks would search on another model than is judged."""
+    if surface.readout is None or surface.random:
+        return
+    if seen.shape != logits.shape:
+        raise ArenaError(f"surface: readout gives logits {tuple(seen.shape)}, the model {tuple(logits.shape)}")
+    gap = float(((seen - logits).abs().amax(1) / _spread(logits)).max())
+    if gap > NEIGHBOUR_TOLERANCE:
+        raise ArenaError(f"surface: readout gives other logits than the model does, by {gap:.3g} of their spread")
 
 
 def _spread(logits: Tensor) -> Tensor:
