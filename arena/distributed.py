@@ -10,6 +10,7 @@ once an epoch.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -148,10 +149,11 @@ def launch(arguments: Iterable[str], size: int, visible: str | None = None) -> i
     if visible is not None:
         shared["CUDA_VISIBLE_DEVICES"] = visible
     command = [sys.executable, "-m", "arena", *arguments]
-    running = [
-        subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)
-    ]
+    before = signal.signal(signal.SIGTERM, _stop)  # else the others outlive this process and hold the model's lock
+    running: list[subprocess.Popen[bytes]] = []
     try:
+        for rank in range(size):
+            running.append(subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
         while True:
             codes = [process.poll() for process in running]
             failed = [code for code in codes if code]
@@ -170,3 +172,8 @@ def launch(arguments: Iterable[str], size: int, visible: str | None = None) -> i
                 process.terminate()
         for process in running:
             process.wait()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
