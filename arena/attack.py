@@ -153,7 +153,8 @@ class Answer:
     logits: Tensor
     """(N, m, K) main logits, of the model itself."""
     errors: Tensor
-    """(N, m) share of the model's own passes that misclassify the point: 0 or 1 unless the query has draws."""
+    """(N, m) share of the model's own passes that misclassify the point, or whose logits are not finite: 0 or 1 unless
+    the query has draws."""
     scores: Tensor | None = None
     """(N, m, terms, K) logits and heads, where the query's weights read heads."""
     gates: Tensor | None = None
@@ -190,9 +191,10 @@ def bound(attack: IteratedAttack, draws: int) -> int:
     """Return the most forwards a row can cost where the model's own logits are averaged over ``draws`` passes.
 
     An attack that searches on a surrogate says with ``surrogates()`` how many of its forwards are the surrogate's:
-    these are not averaged.
+    these are not averaged. One whose queries average over draws themselves says with ``draws`` over how many.
     """
     forwards = attack.passes()[0]
     count: Callable[[], int] | None = getattr(attack, "surrogates", None)
     own = 0 if count is None else count()
-    return (forwards - own) * draws + own
+    already = max(1, getattr(attack, "draws", 1))
+    return (forwards - own) // already * max(draws, already) + own

@@ -76,7 +76,7 @@ def check_defense(
     start = state_hash(model)
     logits = _first(model, x, n_classes)
     with Reader(model, surface) as read, exact():
-        read(pad(x))
+        _read_alike(surface, logits, read(pad(x)).logits[: len(x)])
     selects(model, surface)
     for name, knob in surface.knobs.items():
         if not hasattr(submodule(model, knob.path), knob.attribute):
@@ -84,7 +84,7 @@ def check_defense(
                 f"surface: knob '{name}': '{knob.path or 'the model'}' has no attribute '{knob.attribute}'"
             )
     found = [
-        _determinism(model, surface, x, logits),
+        *_determinism(model, surface, x, logits),
         _neighbours(model, surface, x),
         _place(model, surface, x),
         _finite(logits),
@@ -123,16 +123,28 @@ def _first(model: nn.Module, x: Tensor, n_classes: int) -> Tensor:
     return out[: len(x)]
 
 
+def _read_alike(surface: Surface, logits: Tensor, seen: Tensor) -> None:
+    """Refuse a readout whose logits are not the model's: attacks would search on another model than is judged."""
+    if surface.readout is None or surface.random:
+        return
+    if seen.shape != logits.shape:
+        raise ArenaError(f"surface: readout gives logits {tuple(seen.shape)}, the model {tuple(logits.shape)}")
+    gap = float(((seen - logits).abs().amax(1) / _spread(logits)).max())
+    if gap > NEIGHBOUR_TOLERANCE:
+        raise ArenaError(f"surface: readout gives other logits than the model does, by {gap:.3g} of their spread")
+
+
 def _spread(logits: Tensor) -> Tensor:
     return (logits.amax(1) - logits.amin(1)).clamp_min(1e-12)
 
 
-def _determinism(model: nn.Module, surface: Surface, x: Tensor, logits: Tensor) -> Indicator:
+def _determinism(model: nn.Module, surface: Surface, x: Tensor, logits: Tensor) -> list[Indicator]:
+    """Random models are declared, and declared ones are random: they are attacked shorter and looked at less."""
     with exact():
         others = [model(pad(x))[: len(x)] for _ in range(REPEATS)]
     gap = float(torch.stack([((z - logits).abs().amax(1) / _spread(logits)).max() for z in others]).max())
     flag = not gap <= DRIFT and not surface.random
-    return Indicator(
+    undeclared = Indicator(
         "undeclared_randomness",
         flag,
         gap,
@@ -141,6 +153,18 @@ def _determinism(model: nn.Module, surface: Surface, x: Tensor, logits: Tensor) 
         "declare random = true on the surface, so that outcomes are majorities and attacks average" if flag else "",
         fatal=flag,
     )
+    idle = surface.random and gap <= DRIFT
+    return [
+        undeclared,
+        Indicator(
+            "idle_randomness",
+            idle,
+            gap,
+            DRIFT,
+            f"declared random, but the same images gave the same logits {REPEATS + 1} times" if idle else "",
+            "leave random out of the surface: random models are attacked shorter and looked at less" if idle else "",
+        ),
+    ]
 
 
 def _neighbours(model: nn.Module, surface: Surface, x: Tensor) -> Indicator:

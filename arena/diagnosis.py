@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from arena.referee import BATCH, exact
-from arena.selection import Mode, choosing
+from arena.selection import Mode, Select, choosing
 from arena.surface import Reader, Surface, selects
 
 
@@ -26,6 +26,7 @@ def diagnose(
         {"forced_output", "forced_accuracy"}}}`` in percent, or None without heads and selections. ``forced_output``:
         how often the output is t when the choice is forced to t, over all images and classes; ``forced_accuracy``:
         accuracy when every choice is forced to one same class, averaged over classes (1/K: the choice alone decides).
+        A selection that does not choose among classes is left out.
     """
     chosen = selects(model, surface)
     if not surface.heads and not chosen:
@@ -44,6 +45,8 @@ def diagnose(
         }
         forced = {}
         for name in chosen:
+            if _table(read, chosen[name], x) != n_classes:
+                continue
             same, right = [], []
             for t in range(n_classes):
                 out = _forced(read, chosen, name, x, t)
@@ -64,6 +67,21 @@ def _heads(read: Reader, surface: Surface, x: Tensor) -> dict[str, Tensor]:
         for name, scores in reading.heads.items():
             parts[name].append(scores.argmax(1))
     return {k: torch.cat(v) for k, v in parts.items()}
+
+
+def _table(read: Reader, module: Select, x: Tensor) -> int:
+    """Return among how many rows a selection chooses; 0 if it never fired."""
+    sizes: list[int] = []
+
+    def note(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        sizes.append(len(named["table"] if "table" in named else inputs[1]))
+
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        read(x[:1])
+    finally:
+        handle.remove()
+    return sizes[0] if len(set(sizes)) == 1 else 0
 
 
 def _forced(read: Reader, chosen: dict[str, Any], name: str, x: Tensor, t: int) -> Tensor:

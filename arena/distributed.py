@@ -10,6 +10,7 @@ once an epoch.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -82,9 +83,16 @@ class World:
             dist.barrier()
 
 
+#: Seconds that the first process has for saying what went wrong, before another one says it.
+FIRST_WORD = 2.0
+
+
 @contextmanager
 def joined(device: str) -> Iterator[tuple[World, str]]:
     """Join the processes that ``torchrun`` or ``launch`` started, if any did; yields the world and this one's device.
+
+    What the user can fix is mostly found by all of them: the others hold such an error back for a moment, and are
+    stopped by ``launch`` or ``torchrun`` where the first has said it.
 
     Raises:
         ArenaError: more processes on this machine than devices.
@@ -104,13 +112,11 @@ def joined(device: str) -> Iterator[tuple[World, str]]:
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield World(rank, size), device
+    except ArenaError:
+        time.sleep(FIRST_WORD if rank else 0.0)
+        raise
     finally:
         dist.destroy_process_group()
-
-
-def inside() -> bool:
-    """Tell whether ``torchrun`` or ``launch`` started this process."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def parse(text: str, available: int) -> tuple[int, ...]:
@@ -143,10 +149,11 @@ def launch(arguments: Iterable[str], size: int, visible: str | None = None) -> i
     if visible is not None:
         shared["CUDA_VISIBLE_DEVICES"] = visible
     command = [sys.executable, "-m", "arena", *arguments]
-    running = [
-        subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)
-    ]
+    before = signal.signal(signal.SIGTERM, _stop)  # else the others outlive this process and hold the model's lock
+    running: list[subprocess.Popen[bytes]] = []
     try:
+        for rank in range(size):
+            running.append(subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
         while True:
             codes = [process.poll() for process in running]
             failed = [code for code in codes if code]
@@ -165,3 +172,8 @@ def launch(arguments: Iterable[str], size: int, visible: str | None = None) -> i
                 process.terminate()
         for process in running:
             process.wait()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)

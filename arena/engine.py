@@ -25,6 +25,8 @@ from arena.threat import Threat
 
 #: State keys the engine owns beside ``x, y, index``: passes made for each row.
 FORWARDS, BACKWARDS = "_forwards", "_backwards"
+#: Optional state key (N,) bool: some query for the row was a break (``arena.auditing.observing``).
+SEEN = "_seen"
 
 
 @dataclass
@@ -41,6 +43,8 @@ class Outcome:
     """(N,) int64."""
     claim: Tensor
     """(N,) int8: 1 claimed broken, 0 claimed not, -1 nothing claimed."""
+    seen: Tensor
+    """(N,) bool: the row was finished, and a query was seen to break it."""
     moved: bool = False
     """Some query, or some returned point, differed from x."""
     malformed: dict[str, int] | None = None
@@ -56,7 +60,8 @@ class Outcome:
     def empty(cls, x: Tensor) -> Outcome:
         """Make an outcome in which nothing has happened yet."""
         zeros = torch.zeros(len(x), dtype=torch.int64)
-        return cls(x.clone(), zeros.bool(), zeros.clone(), zeros.clone(), torch.full((len(x),), -1, dtype=torch.int8))
+        claim = torch.full((len(x),), -1, dtype=torch.int8)
+        return cls(x.clone(), zeros.bool(), zeros.clone(), zeros.clone(), claim, zeros.bool())
 
 
 class Keeper(Protocol):
@@ -94,8 +99,8 @@ Progress = Callable[[int, int], None]
 #: Seconds between two calls of it.
 TELL_EVERY = 0.2
 
-#: One finished row: (x_adv (C, H, W), forwards, backwards, claim).
-Row = tuple[Tensor, int, int, int]
+#: One finished row: (x_adv (C, H, W), forwards, backwards, claim, seen).
+Row = tuple[Tensor, int, int, int, int]
 
 
 def run_iterated(
@@ -223,21 +228,24 @@ def _finish(state: State, leaving: Tensor) -> dict[int, Row]:
             f"state['best'] is {best.dtype} {tuple(best.shape[1:])}, expected float {tuple(state['x'].shape[1:])}"
         )
     claims = state["claim"][rows].to(torch.int8).tolist() if "claim" in state else [-1] * len(rows)
+    seen = state[SEEN][rows].int().tolist() if SEEN in state else [0] * len(rows)
     numbers = zip(
         state["index"][rows].tolist(),
         state[FORWARDS][rows].tolist(),
         state[BACKWARDS][rows].tolist(),
         claims,
+        seen,
         strict=True,
     )
-    return {i: (best[k], f, b, c) for k, (i, f, b, c) in enumerate(numbers)}
+    return {i: (best[k], f, b, c, s) for k, (i, f, b, c, s) in enumerate(numbers)}
 
 
 def _file(outcome: Outcome, k: int, row: Row) -> None:
-    x_adv, forwards, backwards, claim = row
+    x_adv, forwards, backwards, claim, seen = row
     outcome.x_adv[k] = x_adv
     outcome.attempted[k] = True
     outcome.forwards[k], outcome.backwards[k], outcome.claim[k] = forwards, backwards, claim
+    outcome.seen[k] = bool(seen)
 
 
 def run_plain(
@@ -301,7 +309,7 @@ def run_plain(
         for j, k in enumerate(rows.tolist()):
             cost = [s // len(rows) + (j < s % len(rows)) for s in spent]
             claim = -1 if claims is None else int(bool(claims[j]))
-            taken[int(index[k])] = (x_adv[j], cost[0], cost[1], claim)
+            taken[int(index[k])] = (x_adv[j], cost[0], cost[1], claim, 0)
             _file(outcome, k, taken[int(index[k])])
         keeper.finished(taken, outcome.moved)
         keeper.snapshot(None, outcome.moved)

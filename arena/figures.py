@@ -50,7 +50,8 @@ def training(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Non
                 for axis in (above, below):
                     axis.axvline(e - 0.5, color=color, ls=":", lw=1)
     above.set(ylabel="held-out accuracy, %", ylim=(0, 100))
-    above.legend(frameon=False, fontsize="small")
+    if above.get_legend_handles_labels()[0]:  # a training that has not been looked at yet has only a loss
+        above.legend(frameon=False, fontsize="small")
     below.set(xlabel="epoch", ylabel="training loss")
     for axis in (above, below):
         axis.grid(alpha=0.25)

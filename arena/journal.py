@@ -92,9 +92,10 @@ class AttackKeeper:
                 continue
             moved = moved or bool(kept["moved"])
             x_adv = torch.from_numpy(kept["x_adv"])
-            numbers = zip(*(kept[k].tolist() for k in ("index", "forwards", "backwards", "claim")), strict=True)
-            for k, (i, forwards, backwards, claim) in enumerate(numbers):
-                rows[i] = (x_adv[k], forwards, backwards, claim)
+            kept.setdefault("seen", np.zeros_like(kept["index"]))
+            numbers = zip(*(kept[k].tolist() for k in ("index", *(k for _, k in _NUMBERS))), strict=True)
+            for k, (i, forwards, backwards, claim, seen) in enumerate(numbers):
+                rows[i] = (x_adv[k], forwards, backwards, claim, seen)
         kept = _read(self.folder / f"{self.name}.state.npz")
         if kept is None:
             return rows, None, moved
@@ -133,7 +134,7 @@ class AttackKeeper:
 
 #: Keeps an attack's own state keys apart from the journal's and from the file format's.
 _STATE = "state."
-_NUMBERS = ((1, "forwards"), (2, "backwards"), (3, "claim"))
+_NUMBERS = ((1, "forwards"), (2, "backwards"), (3, "claim"), (4, "seen"))
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -76,8 +76,6 @@ class Playing:
         """Width of the logits, known after the check; at least the data set's classes."""
         self.examples: dict[int, Tensor] = {}
         """The first verified break of each point, by position."""
-        self.seen: set[int] = set()
-        """Data-set indices of points that the attack at work saw broken, whatever it hands over."""
 
     def build(self) -> torch.nn.Module:
         return self.contender.build().to(self.running.device)
@@ -147,7 +145,6 @@ class Playing:
             played.attempted = met.clone()
             return played
         name = hashlib.sha256(f"{group.name}\n{planned.name}".encode()).hexdigest()[:12]
-        self.seen = set()
         keeper = self.journal.keeper(f"{number:03d}-{name}")
         before = keeper.seconds()
         try:
@@ -175,7 +172,6 @@ class Playing:
             attack = Observed(
                 load(spec.iterate)(setup, **planned.options), arranged.threat, 8 if spec.kind == "minimal" else 1
             )
-            self.seen = attack.seen
             draws = DRAWS if self.surface.random else 1
             self.watch.phase(planned.name, len(x) * bound(attack, draws), "forwards")
             # A random model draws from the global generator: the same match draws the same numbers.
@@ -244,8 +240,7 @@ class Playing:
         played.broken[rows] = broken
         played.nonfinite = verdict.nonfinite
         if not self.surface.random:
-            held = self.index[rows[~broken]].tolist()
-            played.silent = sum(i in self.seen for i in held)
+            played.silent = int((outcome.seen & ~broken).sum())
         played.forwards, played.backwards = int(outcome.forwards.sum()), int(outcome.backwards.sum())
         played.borderline = verdict.borderline
         played.violations = dict(verdict.violations)

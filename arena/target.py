@@ -181,7 +181,9 @@ class Target:
 
 
 def _errors(logits: Tensor, y: Tensor) -> Tensor:
-    return (logits.detach().argmax(1) != y).to(logits.dtype)
+    """Return 1 where the referee would say wrong: another class, or logits that are not finite."""
+    logits = logits.detach()
+    return ((logits.argmax(1) != y) | ~torch.isfinite(logits).all(1)).to(logits.dtype)
 
 
 def _add(totals: list[Tensor | None], parts: tuple[Tensor | None, ...], count: int) -> None:

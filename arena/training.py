@@ -165,7 +165,7 @@ def fit(
                             if world.first:
                                 write_weights(folder / "best.safetensors", model.state_dict())
                     history.append(entry)
-                    if schedule.patience and _looks_since(best, history, s) >= schedule.patience:
+                    if best and schedule.patience and _looks_since(best, history, s) >= schedule.patience:
                         entry["stopped"] = True
                     if world.first:
                         lr = optimizers[0].param_groups[0]["lr"]

@@ -7,8 +7,9 @@ from learned parameters without being declared as heads, or choose without being
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from arena.hidden import Finding, heads, reading, selections
 from arena.surface import Surface, selects, submodule
+from arena.surrogate import Surrogate, posing
 from arena.target import pad
 
 __all__ = ["Finding", "unread"]
@@ -92,23 +94,10 @@ def _everything(model: nn.Module, surface: Surface, x: Tensor, grad: bool = Fals
 
 def _settings(model: nn.Module, surface: Surface) -> list[Callable[[], Any]]:
     """Return contexts: the model as it is, then each value of each knob."""
-
-    def turned(module: nn.Module, attribute: str, value: Any) -> Callable[[], Any]:
-        @contextmanager
-        def context() -> Iterator[None]:
-            before = getattr(module, attribute)
-            setattr(module, attribute, value)
-            try:
-                yield
-            finally:
-                setattr(module, attribute, before)
-
-        return context
-
     made: list[Callable[[], Any]] = [ExitStack]
-    for knob in surface.knobs.values():
-        module = submodule(model, knob.path)
-        made += [turned(module, knob.attribute, value) for value in knob.values if hasattr(module, knob.attribute)]
+    for name, knob in surface.knobs.items():
+        for value in knob.values if hasattr(submodule(model, knob.path), knob.attribute) else ():
+            made.append(partial(posing, model, surface, Surrogate(knobs={name: value})))
     return made
 
 

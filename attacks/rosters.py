@@ -49,8 +49,8 @@ def adaptive(surface: Surface, threat: Threat, n_classes: int) -> list[Entry]:
     targeted APGD, restarts, other losses. Last the rows that meet all points and stand for themselves (the papers'
     sweeps over the weights of heads and gates) and each head attacked as if it were the classifier.
 
-    A random model costs twenty passes where another costs one: it gets short runs and the last value of each knob. What
-    is generated is a floor, not a proof.
+    A random model costs twenty passes where another costs one: it gets short runs, three targets, gates held at their
+    ends, the last value of each knob and no sweeps. What is generated is a floor, not a proof.
 
     Raises:
         ArenaError: a norm other than Linf and L2.
@@ -58,7 +58,7 @@ def adaptive(surface: Surface, threat: Threat, n_classes: int) -> list[Entry]:
     _only("adaptive", threat)
     targets = min(9, n_classes - 1)
     if surface.random:
-        return [*_knobs(surface, targets), ("apgd_ce", {"steps": 10}), ("pgd", {"loss": "margin", "steps": 10})]
+        return _random(surface, min(3, targets))
     short = {"steps": 20, "targets": targets}
     heads = list(surface.heads)
     entries: list[Entry] = [("apgd_ce", {"steps": 20})]
@@ -85,6 +85,17 @@ def adaptive(surface: Surface, threat: Threat, n_classes: int) -> list[Entry]:
     return entries
 
 
+def _random(surface: Surface, targets: int) -> list[Entry]:
+    """Attack all that a random model declares, in short runs."""
+    few = {"steps": 10, "targets": targets}
+    found = [s for s in surface.selections.values() if s.path]
+    entries: list[Entry] = [("joint_t", {**few, "weights": "first"}), ("joint_t", few)] if surface.heads else []
+    entries += [("relaxed", {"steps": 10, "restarts": 1})] if found else []
+    entries += [("forced", few)] if any(s.scores for s in found) else []
+    entries += [("gate_held", {"value": v, "steps": 10}) for v in (0.0, 1.0) if surface.gates]
+    return [*_knobs(surface, targets), *entries, ("apgd_ce", {"steps": 10}), ("pgd", {"loss": "margin", "steps": 10})]
+
+
 def _selections(surface: Surface, targets: int) -> list[Entry]:
     """Relax every choice; force those that a head scores."""
     found = [s for s in surface.selections.values() if s.path]
@@ -107,7 +118,7 @@ def _knobs(surface: Surface, targets: int) -> list[Entry]:
     for name, knob in meant.items():
         values, steps = (knob.values[-1:], 10) if surface.random else (knob.values, 20)
         entries += [("knob", {"knob": name, "value": text(v), "steps": steps}) for v in values]
-    if not surface.random and any(v.kind != "constant" for v in meant.values()):
+    if not surface.random and any(v.values and v.kind != "constant" for v in meant.values()):
         entries += [("knob", {"loss": "dlr_targeted", "steps": 20, "targets": targets})]
     return entries
 

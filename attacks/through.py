@@ -16,6 +16,7 @@ from torch import Tensor
 
 from arena.attack import Answer, IteratedAttack, Query, Setup, State, Unsupported
 from arena.selection import Mode
+from arena.specs import text
 from arena.surrogate import Surrogate
 
 from .apgd import Apgd
@@ -164,7 +165,8 @@ def knob(
     for name in names:
         if not value and not declared[name].values:
             raise Unsupported(f"knob '{name}' declares no values: give one")
-        settings[name] = read(value) if value else declared[name].values[-1]
+        known = {text(v): v for v in declared[name].values}  # a declared value is taken as it is: None, a tuple
+        settings[name] = declared[name].values[-1] if not value else known[value] if value in known else read(value)
     count = targets if loss == "dlr_targeted" else 0
     inner = Apgd(setup, loss=loss, steps=steps, restarts=restarts, rho=0.75, head="logits", targets=count)
     return Through(inner, lambda state, query: Surrogate(knobs=settings))
@@ -190,7 +192,7 @@ def read(value: str) -> Any:
     """Read a knob's value: ``true``, ``false``, a whole number, a number, a fraction, else the text."""
     if value in ("true", "false"):
         return value == "true"
-    for kind in (int, float, lambda text: float(Fraction(text))):
+    for kind in (int, float, lambda t: float(Fraction(t))):
         try:
             return kind(value)
         except (ValueError, ZeroDivisionError):

@@ -47,7 +47,15 @@ def test_each_cheat_is_named(factory, name, fatal):
 
 
 def test_declared_randomness_is_no_flag():
-    assert "undeclared_randomness" not in flags(arena_cheats.undeclared_randomness, Surface(random=True))
+    found = flags(arena_cheats.undeclared_randomness, Surface(random=True))
+    assert not {"undeclared_randomness", "idle_randomness"} & set(found)
+
+
+def test_randomness_that_is_declared_and_not_there_is_a_flag():
+    found = flags(arena_cheats.Base, Surface(random=True))["idle_randomness"]
+    assert not found.fatal
+    assert found.evidence == "declared random, but the same images gave the same logits 7 times"
+    assert "idle_randomness" not in flags(arena_cheats.Base)
 
 
 def test_batch_statistics_at_test_time_are_found():
@@ -134,3 +142,11 @@ def test_a_knob_that_is_not_there_is_refused():
 
 def test_the_width_of_the_logits_is_told():
     assert check_defense(arena_cheats.honest, Surface(), X, Y % 3, 3)[0] == 10
+
+
+def test_a_readout_must_give_the_models_own_logits():
+    check_defense(arena_cheats.Base, Surface(readout=lambda model, x: {"logits": model(x)}), X, Y, 10)
+    with pytest.raises(ArenaError, match="surface: readout gives other logits than the model does, by"):
+        check_defense(arena_cheats.Base, Surface(readout=lambda model, x: {"logits": model(1 - x)}), X, Y, 10)
+    with pytest.raises(ArenaError, match=r"surface: readout gives logits \(32, 3\), the model \(32, 10\)"):
+        check_defense(arena_cheats.Base, Surface(readout=lambda model, x: {"logits": model(x)[:, :3]}), X, Y, 10)

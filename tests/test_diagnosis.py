@@ -51,3 +51,18 @@ def test_a_mask_that_decides_nothing():
 
 def test_nothing_to_say_without_heads_and_selections():
     assert diagnose(nn.Flatten(), Surface(), X, X[:, 0, 0, 0].long(), X[:0], 4) is None
+
+
+class Experts(Masked):
+    """Chooses between two ways, not among its four classes."""
+
+    def forward(self, x):
+        return self.own(x.flatten(1)) * self.select(scores=self.head(x.flatten(1))[:, :2], table=torch.ones(2, 1))
+
+
+def test_a_choice_that_is_not_among_classes_is_left_out():
+    model = Experts(False).eval()
+    with torch.no_grad():
+        found = diagnose(model, SURFACE, X, model(X).argmax(1), X[:5], 4)
+    assert found["selections"] == {}
+    assert found["heads"]["head"]["agreement_broken"] is not None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -116,4 +118,21 @@ def test_two_processes_train_as_one_where_no_row_meets_another(tmp_path, monkeyp
 def test_one_failure_ends_all(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("ARENA_HOME", str(tmp_path))
     assert launch(["train", "no_such_defense", "--device", "cpu"], 2) == 2
-    assert "unknown defense 'no_such_defense'" in capfd.readouterr().err
+    assert capfd.readouterr().err.count("unknown defense 'no_such_defense'") == 1  # one of them says it
+
+
+def test_ending_the_launcher_ends_all(tmp_path):
+    """The first process holds the model's lock; one that went on alone would keep it."""
+    environment = {**ENVIRONMENT, "ARENA_HOME": str(tmp_path)}
+    script = "import sys; from arena.distributed import launch; sys.exit(launch(sys.argv[1:], 2))"
+    words = ["train", "sat", "--backbone", "mlp", "--epochs", "5000", "--device", "cpu", "--quiet"]
+    launcher = subprocess.Popen([sys.executable, "-c", script, *words], env=environment)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("models/*/train.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    launcher.terminate()
+    assert launcher.wait(timeout=30) == 128 + signal.SIGTERM
+    (log,) = tmp_path.glob("models/*/train.jsonl")
+    size = log.stat().st_size
+    time.sleep(2.5)  # the log is written every second
+    assert log.stat().st_size == size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from arena.attack import Query, Setup
+from arena.auditing.observing import Observed
 from arena.engine import run_iterated, run_plain
 from arena.journal import Journal
 from arena.rng import Stream
@@ -177,6 +180,29 @@ def test_a_torn_journal_file_costs_only_its_rows(points, tmp_path):
     got, target = walk(points, 64, keeper=Journal(tmp_path / "j").keeper("a"))
     assert torch.equal(got.x_adv, expected.x_adv)
     assert target.meter.forwards == int(expected.forwards.sum())  # all attacked again
+
+
+class Forgets(Walk):
+    """Walks on from a break, and hands over its input."""
+
+    def tell(self, state, answer):
+        new = super().tell(state, answer)
+        return {**new, "done": new["step"] > state["last"], "best": state["x"]}
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_what_was_seen_of_a_row_survives_a_stop_and_other_batches(points, tmp_path, every):
+    threat = Threat.parse("Linf", "0.3")
+    watched = [Observed(Forgets(replace(SETUP, threat=threat)), threat, every) for _ in range(4)]
+    expected, _ = walk(points, 32, watched[0])
+    assert 3 <= int(expected.seen.sum()) < 200
+    assert torch.equal(walk(points, 8, watched[1])[0].seen, expected.seen)
+    journal = Journal(tmp_path / "j", every=0)
+    journal.open("model")
+    calls = []
+    walk(points, 32, watched[2], journal.keeper("a"), until=lambda: calls.append(0) or len(calls) >= 20)
+    got, _ = walk(points, 64, watched[3], Journal(tmp_path / "j").keeper("a"))
+    assert torch.equal(got.seen, expected.seen)
 
 
 def test_another_model_drops_the_journal(tmp_path):

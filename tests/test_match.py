@@ -427,3 +427,22 @@ def test_transfer_trains_its_source_and_says_what_it_cannot_have(registry, arena
     assert (first["status"], second["status"]) == ("ok", "unsupported")
     assert first["forwards"] > 0
     assert "unknown defense 'sats'; did you mean 'sat'" in second["error"]
+
+
+def test_a_plugins_indicator_that_crashes_is_no_clear(registry, monkeypatch):
+    def look(context):
+        def crash():
+            yield Indicator("mine", False)
+            raise ValueError("planted")
+
+        problems = len(registry.problems)
+        made = registry._listed(registry.plugins[0], "arena_audit", crash())
+        assert len(registry.problems) == problems + 1
+        return made
+
+    monkeypatch.setattr(registry, "problems", [*registry.problems])
+    monkeypatch.setattr(registry, "audit", look)
+    audit = audited(registry)["audit"]
+    found = audit["indicators"][-1]
+    assert (audit["verdict"], found["name"], found["flag"]) == ("suspect", "arena_audit", True)
+    assert found["evidence"].endswith("arena_audit raised ValueError: planted")

@@ -370,6 +370,12 @@ def test_patience_ends_a_stage_and_not_the_next(tiny_images, tmp_path, monkeypat
     assert said == ["stopped after 4 of 6 epochs: no better since epoch 2"]
 
 
+def test_patience_waits_for_the_first_look(tiny_images, tmp_path):
+    given = {"preset": replace(PRESET, epochs=40), "schedule": Schedule(patience=1)}  # looks after epochs 2, 4, ...
+    _, fitted = train(tiny_images, tmp_path, stages=[Usual("rt")], **given)
+    assert ["natural" in h for h in fitted.history[:4]] == [False, True, False, True]
+
+
 @pytest.mark.parametrize("kill", [3, 4, 5])
 def test_an_early_stop_survives_a_kill(tiny_images, tmp_path, kill):
     stages = [Usual("rt", lam=0.5), Usual("rt", lam=0.25)]

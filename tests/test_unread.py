@@ -205,6 +205,21 @@ def test_parameters_that_nothing_reads_are_named_by_module_and_left_as_they_were
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_a_knob_may_be_a_tensor(kind):
+    """Its content is turned and put back, as an attack turns it; hidden scores are still found."""
+    torch.manual_seed(0)
+    model = Branches()
+    scale = torch.ones(())
+    if kind == "parameter":
+        model.scale = nn.Parameter(scale)
+    else:
+        model.register_buffer("scale", scale)
+    surface = Surface(knobs={"scale": Knob("", "scale", values=(2.0,))})
+    assert {f.path for f in found(model, surface)} >= {"spare", "branches.1", "branches.2"}
+    assert model.scale.item() == 1
+
+
 def test_what_a_declared_knob_reaches_is_read():
     torch.manual_seed(0)
     model = Branches()

@@ -67,8 +67,8 @@ class Climb:
 
     @property
     def broken(self) -> Tensor:
-        """(N,) bool."""
-        return (self.lead < 0).any(0)
+        """(N,) bool; logits that are not finite are broken, as the referee has it."""
+        return (~(self.lead >= 0)).any(0)
 
 
 @dataclass

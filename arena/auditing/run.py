@@ -21,6 +21,7 @@ from arena.target import DEFAULT_BATCH, Target
 
 if TYPE_CHECKING:
     from arena.playing import Playing
+    from arena.plugins import Registry
 
 
 def audit_match(
@@ -58,8 +59,17 @@ def audit_match(
     # A random model draws from the global generator: the same audit draws the same numbers.
     with seeded(int(stream.bits(match.index[:1], 0, 0, 1)[0, 0])):
         found = audit(context, match.watch.advance)
-        found += tuple(match.registry.audit(context))
+        found += _of_plugins(match.registry, context)
     return Audited(found, target.meter.forwards, target.meter.backwards, round(time.monotonic() - clock, 3))
+
+
+def _of_plugins(registry: Registry, context: AuditContext) -> tuple[Indicator, ...]:
+    """Ask plugins; one whose indicators cannot be had speaks against the number, as a built-in that crashes does."""
+    known = len(registry.problems)
+    found = registry.audit(context)
+    lost = [str(problem) for problem in registry.problems[known:]]
+    remedy = "mend or uninstall the plugin, then play again"
+    return (*found, *(Indicator("arena_audit", True, "crashed", None, text, remedy) for text in lost))
 
 
 def _points(match: Playing, mask: Tensor, size: int) -> Points:

@@ -80,12 +80,11 @@ def command(
     from arena.schedule import Schedule
     from arena.trace import LOG
 
-    found = installed()
     name = dataset or "digits"
-    spec = describe(name, found)
-    threat = threat_model(spec, norm, eps)
     schedule = Schedule(preset, epochs, precision, patience)
     with distributed.joined(options.resolve(device)) as (world, own):
+        found = installed()
+        threat = threat_model(describe(name, found), norm, eps)
         with spoken(), foreign(), watching(quiet or not world.first) as watch:
             images = open_images(name, found)
             threat.check_shape(images.shape)

@@ -205,3 +205,20 @@ def test_ways_to_step_keep_the_laws(fight, models, way, norm):
     )
     if way != "tangent":  # the trap is brightness, which a tangential step never climbs
         assert planted.broken(planted.run()).all()
+
+
+class Hole(torch.nn.Module):
+    """Class 0 everywhere, and no finite logits where a pixel is bright."""
+
+    def forward(self, x):
+        bright = x.flatten(1).amax(1, keepdim=True)
+        logits = torch.cat((bright, -bright), 1)
+        return logits.masked_fill(bright > 0.5, torch.nan)
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd_ce", "square", "rays"])
+def test_a_point_without_finite_logits_is_handed_over(fight, name):
+    f = fight(name, Hole(), shape=(1, 3, 3), eps="0.2", low=0.4, high=0.45, n=9, **SHORT[name])
+    outcome = f.run()
+    assert (f.y == 0).all()  # where a missing class would read as 0 too
+    assert not torch.isfinite(f.target.logits(outcome.x_adv)).any()

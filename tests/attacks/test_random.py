@@ -26,7 +26,13 @@ SURFACE = Surface(knobs={"sober": Knob("", "sober", "constant", (True,))}, rando
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("pgd", {"restarts": 2}), ("apgd_ce", {"steps": 40}), ("knob", {"knob": "sober", "steps": 40})],
+    [
+        ("pgd", {"restarts": 2}),
+        ("pgd", {"eot": 3}),
+        ("pgd", {"eot": 30}),
+        ("apgd_ce", {"steps": 40}),
+        ("knob", {"knob": "sober", "steps": 40}),
+    ],
 )
 def test_a_lucky_draw_lets_no_point_go(fight, name, options):
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -132,12 +133,38 @@ def test_adaptive_on_a_random_model_is_short():
     assert [(a, o.get("value")) for a, o in made] == [("knob", "true"), ("apgd_ce", None), ("pgd", None)]
 
 
+def test_adaptive_leaves_out_nothing_that_a_random_model_declares():
+    made = entries("adaptive", replace(FULL, random=True))
+    assert [(a, o.get("value"), o.get("weights")) for a, o in made] == [
+        ("knob", "2", None),
+        ("joint_t", None, "first"),
+        ("joint_t", None, "all"),
+        ("relaxed", None, None),
+        ("forced", None, None),
+        ("gate_held", 0, None),
+        ("gate_held", 1, None),
+        ("apgd_ce", None, None),
+        ("pgd", None, None),
+    ]
+    assert {o.get("targets", 3) for a, o in made if a in ("joint_t", "forced")} == {3}
+    assert {o["steps"] for _, o in made} == {10}
+
+
 @pytest.mark.parametrize("classes", [2, 3, 10])
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_all_that_adaptive_names_can_be_made(norm, classes):
     """No attack of the roster refuses the surface it was generated from."""
     threat = Threat.parse(norm, "0.1")
-    for surface in (FULL, Surface(), Surface(heads=HEADS), Surface(gates=FULL.gates), Surface(knobs=FULL.knobs)):
+    bare = Surface(knobs={"silent": FULL.knobs["silent"]})  # declared without a value
+    for surface in (
+        FULL,
+        replace(FULL, random=True),
+        Surface(),
+        Surface(heads=HEADS),
+        Surface(gates=FULL.gates),
+        Surface(knobs=FULL.knobs),
+        bare,
+    ):
         for name, options in entries("adaptive", surface, threat, classes):
             setup = Setup(threat, classes, surface, (1, 4, 4), Stream.of(0, name))
             attack = load(registry().get("attack", name).spec.iterate)(setup, **options)

@@ -6,6 +6,7 @@ from torch import nn
 
 from arena.attack import Unsupported
 from arena.selection import Select
+from arena.specs import text
 from arena.surface import Gate, Head, Knob, Selection, Surface
 
 
@@ -173,6 +174,13 @@ def test_a_held_gate_without_push_does_not_open(fight):
 def test_without_the_surface_it_needs_an_attack_says_so(fight, models, name, options, message):
     with pytest.raises(Unsupported, match=message):
         fight(name, models.linear((1, 4, 4), 3), shape=(1, 4, 4), **options)
+
+
+@pytest.mark.parametrize("value", [None, (1, 2), "1/2", "true", 0.5])
+def test_a_declared_value_of_a_knob_is_set_as_it_was_declared(fight, models, value):
+    surface = Surface(knobs={"tau": Knob("", "tau", values=(3.0, value))})
+    attack = fight("knob", models.rich((1, 4, 4), 3), shape=(1, 4, 4), surface=surface, knob="tau", value=text(value))
+    assert attack.attack.pose({}, None).knobs == {"tau": value}
 
 
 def test_a_gate_or_knob_that_is_not_there_is_said(fight, models):

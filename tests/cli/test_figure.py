@@ -69,3 +69,10 @@ def test_bad_input_costs_one_line_and_no_file(tmp_path, arena_home, monkeypatch,
     assert words in error
     assert error.count("\n") == 1
     assert not list(tmp_path.glob("x.*"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_training_that_was_not_looked_at_yet_has_a_loss_to_draw(tmp_path):
+    lines = [{"stage": s, "epoch": 1, "loss": 2.0} for s in range(2)]
+    Log(tmp_path, lines).write()
+    assert run(["figure", "training", str(tmp_path), "-o", str(tmp_path / "loss.png")]) == 0
