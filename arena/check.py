@@ -279,9 +279,17 @@ def _unread(model: nn.Module, surface: Surface, x: Tensor, n_classes: int) -> li
     """
     try:
         found = unread(model, surface, x, n_classes)
-    except Exception as e:  # a model that takes no hooks, say: a doubt about the model is no reason to stop
+    except Exception as e:  # no reason to stop, but what cannot be looked at is a doubt
         said = f"not checked: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
-        return [Indicator(name, False, evidence=said) for name in ("undeclared_parts", "unread_parameters")]
+        return [
+            Indicator(
+                "undeclared_parts",
+                True,
+                evidence=said,
+                remedy="give the model as plain modules that take forward hooks",
+            ),
+            Indicator("unread_parameters", False, evidence=said),
+        ]
     hidden = [f for f in found if f.kind != "parameters"]
     idle = [f for f in found if f.kind == "parameters"]
     numbers = sum(f.numbers for f in idle)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -158,13 +158,14 @@ def launch(arguments: Iterable[str], size: int, visible: str | None = None) -> i
             codes = [process.poll() for process in running]
             failed = [code for code in codes if code]
             if failed:
-                return 1 if failed[0] < 0 else failed[0]
+                return 3 if failed[0] < 0 else failed[0]  # killed: the same command goes on
             if all(code == 0 for code in codes):
                 return 0
             time.sleep(0.1)
     except KeyboardInterrupt:
         for process in running:  # Ctrl-C reached them too: let them say so and leave
-            process.wait(timeout=30)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=30)
         raise
     finally:
         for process in running:

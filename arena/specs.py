@@ -332,9 +332,19 @@ class Indicator:
     def record(self) -> dict[str, Any]:
         """Return the JSON form."""
         keys = ("name", "flag", "value", "threshold", "evidence", "remedy")
-        plain = {k: getattr(self, k) for k in keys}
+        plain = {k: _plain(getattr(self, k)) for k in keys}
         # JSON has no NaN or infinity
         return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Turn a number of torch or numpy into Python's own; anything else that JSON does not know into text."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    try:
+        return value.item()
+    except (AttributeError, ValueError, RuntimeError):
+        return str(value)
 
 
 def expand(roster: RosterSpec, surface: Surface, threat: Threat, n_classes: int) -> list[Entry]:

@@ -150,3 +150,27 @@ def test_a_readout_must_give_the_models_own_logits():
         check_defense(arena_cheats.Base, Surface(readout=lambda model, x: {"logits": model(1 - x)}), X, Y, 10)
     with pytest.raises(ArenaError, match=r"surface: readout gives logits \(32, 3\), the model \(32, 10\)"):
         check_defense(arena_cheats.Base, Surface(readout=lambda model, x: {"logits": model(x)[:, :3]}), X, Y, 10)
+
+
+def test_a_model_that_cannot_be_searched_for_hidden_parts_is_a_doubt():
+    """Who makes the search fail gets no clean sheet."""
+
+    class Shy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+        def forward(self, x):
+            if self.inner._forward_hooks or self.inner[1]._forward_hooks:
+                raise RuntimeError("no hooks here")
+            return self.inner(x)
+
+    def make() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return Shy().eval()
+
+    found = flags(make)
+    assert set(found) == {"undeclared_parts"}
+    assert not found["undeclared_parts"].fatal
+    assert found["undeclared_parts"].evidence == "not checked: RuntimeError: no hooks here"

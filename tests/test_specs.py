@@ -169,3 +169,14 @@ def test_defaults_of_a_data_set_take_the_place_of_the_options_own():
     assert on_dataset(spec, "digits") == spec
     with pytest.raises(PluginError, match="defense 'd': defaults of 'odd': no option 'stops'"):
         on_dataset(spec, "odd")
+
+
+def test_an_indicators_numbers_may_come_from_torch_or_numpy():
+    import json
+
+    import numpy as np
+    import torch
+
+    found = Indicator("own", True, value=torch.tensor(0.5), threshold=np.float32(0.25)).record()  # type: ignore[arg-type]
+    assert (found["value"], found["threshold"]) == (0.5, 0.25)
+    json.dumps(Indicator("own", True, value=torch.ones(2), threshold=np.inf).record())  # type: ignore[arg-type]
