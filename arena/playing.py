@@ -19,14 +19,14 @@ from arena.audit import statuses, verdict
 from arena.auditing.observing import Observed
 from arena.auditing.run import audit_match
 from arena.check import PROBE, changed_parts, check_defense, state_hash
-from arena.contender import seeded
+from arena.contender import Contender, seeded
 from arena.datasets import describe, to_float
 from arena.diagnosis import diagnose
 from arena.engine import Outcome, run_iterated, run_plain
 from arena.errors import ArenaError
 from arena.journal import AttackKeeper, Journal
 from arena.lineup import Group, Planned, line_up
-from arena.models import Contender, near_chance, plan
+from arena.models import plan
 from arena.plugins import Registry
 from arena.question import Running
 from arena.referee import DRAWS, Judgement, Referee
@@ -46,6 +46,7 @@ from arena.rng import Stream
 from arena.specs import Indicator, load, text
 from arena.store import Outcomes, new_id
 from arena.target import DEFAULT_BATCH, Target
+from arena.trained import near_chance
 from arena.usermodels import OwnPlan
 from arena.watch import Watch
 

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from arena.arrangement import threat_model
+from arena.contender import Contender
 from arena.datasets import Images, describe, open_images, to_float
 from arena.errors import ArenaError
 from arena.home import home
-from arena.models import Contender, plan
+from arena.models import plan
 from arena.plugins import Registry
 from arena.referee import BORDERLINE, Referee
 from arena.results import examples_hash, share
