@@ -69,7 +69,7 @@ class Log:
         """Begin a log after the epochs of ``history``; what an earlier sitting wrote beyond them is dropped."""
         try:
             old = read(folder / LOG)
-        except ArenaError:
+        except ArenaError:  # none yet, or damaged: the epochs' figures are in the history, only their times are lost
             old = []
         known = {(line.get("stage"), line.get("epoch")): line for line in old}
         return cls(folder, [known.get((h["stage"], h["epoch"]), dict(h)) for h in history])

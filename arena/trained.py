@@ -168,7 +168,7 @@ class TrainedPlan:
         for other in self.starts:
             start(other)
         where = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-        model = self._make()
+        model = self.make()
         fitted = fit(
             model,
             self.stages,
@@ -176,7 +176,7 @@ class TrainedPlan:
             self.preset,
             self.threat,
             name=self.name,
-            surface=self._surface(model),
+            surface=self.declared(model),
             train_seed=self.train_seed,
             folder=self.folder,
             device=torch.device(where),
@@ -249,7 +249,7 @@ class TrainedPlan:
             raise ArenaError(f"{path}: missing or damaged; train again with --retrain")
         return read_weights(path)
 
-    def _make(self) -> nn.Module:
+    def make(self) -> nn.Module:
         """Build the untrained model, its first weights drawn under the train seed."""
         spec, images = self.defense.spec, self.images
         info = DatasetInfo(
@@ -267,13 +267,14 @@ class TrainedPlan:
             )
         return model
 
-    def _surface(self, model: nn.Module) -> Surface:
+    def declared(self, model: nn.Module) -> Surface:
+        """Return the surface of a model of this plan: the defense's own, and what a surface file adds."""
         declared = Surface() if self.defense.spec.surface is None else load(self.defense.spec.surface)(model)
         return declared if self.surface is None else declared.with_more(self.surface)
 
     def _contender(self, weights: Mapping[str, Tensor], trained: Mapping[str, Any], where: str) -> Contender:
         spec = self.defense.spec
-        model = self._make()
+        model = self.make()
         load_weights(model, weights, where)
         identity = f"{self.defense.distribution}/{canonical(spec.name, self.options)} on {self.backbone_name}"
         finish = partial(load(spec.apply), **self.eval_options) if spec.apply and self.eval_options else None
@@ -288,8 +289,8 @@ class TrainedPlan:
             parameters=count(model),
             twin=spec.twin,
             origin=self.defense.origin,
-            surface=self._surface(model),
-            factory=self._make,
+            surface=self.declared(model),
+            factory=self.make,
             weights=snapshot(model),
             finish=finish,
         )

@@ -80,13 +80,12 @@ def row(defense: str, precision: str, asked: argparse.Namespace) -> dict[str, An
     bare = bare_step(found, device, batch, found.preset.steps, precision)
     steps, times = [], []
     for turn in range(asked.rounds + 1):
-        rate, batches = epoch(found, device)
-        cost = clock(bare, device, batches)
+        took, cost = epoch(found, device), clock(bare, device, asked.batches)
         if turn:  # the first warms up
-            steps.append(rate)
+            steps.append(took)
             times.append(cost)
     epoch_s, bare_s = statistics.median(steps), statistics.median(times)
-    seen = found.preset.batch * batches
+    seen = batch * asked.batches
     return {
         "defense": defense,
         "precision": precision,
@@ -96,9 +95,9 @@ def row(defense: str, precision: str, asked: argparse.Namespace) -> dict[str, An
     }
 
 
-def epoch(found: TrainedPlan, device: torch.device) -> tuple[float, int]:
-    """Train for one epoch, without validation; returns its seconds, as the log tells them, and its batches."""
-    model = found._make()
+def epoch(found: TrainedPlan, device: torch.device) -> float:
+    """Train for one epoch; returns its seconds without validation, as the log tells them."""
+    model = found.make()
     assert found.preset is not None
     with tempfile.TemporaryDirectory() as folder:
         fit(
@@ -108,7 +107,7 @@ def epoch(found: TrainedPlan, device: torch.device) -> tuple[float, int]:
             found.preset,
             found.threat,
             name=found.name,
-            surface=found._surface(model),
+            surface=found.declared(model),
             train_seed=0,
             folder=Path(folder),
             device=device,
@@ -116,12 +115,12 @@ def epoch(found: TrainedPlan, device: torch.device) -> tuple[float, int]:
             schedule=found.schedule,
         )
         line = json.loads((Path(folder) / "train.jsonl").read_text().splitlines()[0])
-    return float(line["seconds"]), round(float(line["seconds"] * line["images_per_second"])) // found.preset.batch
+    return float(line["seconds"])
 
 
 def bare_step(found: TrainedPlan, device: torch.device, batch: int, steps: int, precision: str) -> Callable[[], None]:
     """Return a step's passes and nothing else: ``steps`` gradients of the images, one of the weights."""
-    model = found._make().to(device).to(memory_format=torch.channels_last).eval()
+    model = found.make().to(device).to(memory_format=torch.channels_last).eval()
     x = torch.rand(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
     y = torch.arange(batch, device=device) % 10
     passing = (lambda: torch.autocast(device.type, torch.bfloat16)) if precision == "bf16" else nullcontext

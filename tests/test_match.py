@@ -340,8 +340,8 @@ def test_a_surface_file_hides_nothing_of_what_a_defense_declares(registry, tmp_p
     (tmp_path / "empty.toml").write_text("")
     arranged = arrange(Question("fgaa_sat", ("pgd",), surface=tmp_path / "empty.toml"), GO, registry)
     bare = arrange(Question("fgaa_sat", ("pgd",)), GO, registry)
-    model = bare.plan._make()
-    assert arranged.plan._surface(model).heads == bare.plan._surface(model).heads != {}
+    model = bare.plan.make()
+    assert arranged.plan.declared(model).heads == bare.plan.declared(model).heads != {}
 
 
 # -- the audit ---------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def _log(source: str) -> tuple[str, list[dict[str, Any]]]:
         path = path / LOG if path.is_dir() else path
         try:
             name = json.loads((path.parent / "model.json").read_bytes())["defense"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError):  # a log alone, or a training that goes on: only the label suffers
             name = path.parent.name
         return str(name), read(path)
     with open_store() as store:

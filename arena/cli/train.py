@@ -126,6 +126,7 @@ def command(
     console.print(f"model.id    {contender.id}", soft_wrap=True)
     if schedule != Schedule():
         words = ["arena", "match", contender.name, "--dataset", name, "--backbone", planned.backbone_name]
+        words += ["--norm", threat.norm, "--eps", threat.eps]
         line = shlex.join([*words, "--checkpoint", str(folder / "best.safetensors")])
         console.print(f"match it    {line}", soft_wrap=True)
     return 0
