@@ -56,6 +56,8 @@ def arrange(question: Question, running: Running, registry: Registry) -> Arrange
         raise ArenaError(f"--precision {running.precision}: not yet; the search runs in fp32")
     if running.batch_size is not None and running.batch_size < 1:
         raise ArenaError(f"--batch-size {running.batch_size}: expected at least 1")
+    if question.budget is not None and question.budget < 1:
+        raise ArenaError(f"--budget {question.budget}: expected at least 1 pass an example")
     if running.audit not in LEVELS:
         raise unknown("audit", running.audit, LEVELS)
     if question.protocol != "standard":
@@ -102,6 +104,7 @@ def arrange(question: Question, running: Running, registry: Registry) -> Arrange
             "precision": running.precision,
             "matrix": running.matrix,
             "audit": [AUDIT_VERSION, running.audit],
+            **({} if question.budget is None else {"budget": question.budget}),
         }
     )
     return Arrangement(question, entries, images, threat, index, planned, key, notes)

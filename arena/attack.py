@@ -188,13 +188,20 @@ class IteratedAttack(Protocol):
 
 
 def bound(attack: IteratedAttack, draws: int) -> int:
-    """Return the most forwards a row can cost where the model's own logits are averaged over ``draws`` passes.
+    """Return the most forwards a row can cost; see ``most``."""
+    return most(attack, draws)[0]
+
+
+def most(attack: IteratedAttack, draws: int) -> tuple[int, int]:
+    """Return the most (forwards, backwards) a row can cost where the model's logits are averaged over ``draws`` passes.
 
     An attack that searches on a surrogate says with ``surrogates()`` how many of its forwards are the surrogate's:
-    these are not averaged. One whose queries average over draws themselves says with ``draws`` over how many.
+    these are not averaged, and neither are gradients, which are all the surrogate's then. One whose queries average
+    over draws themselves says with ``draws`` over how many.
     """
-    forwards = attack.passes()[0]
+    forwards, backwards = attack.passes()
     count: Callable[[], int] | None = getattr(attack, "surrogates", None)
     own = 0 if count is None else count()
     already = max(1, getattr(attack, "draws", 1))
-    return (forwards - own) // already * max(draws, already) + own
+    times = max(draws, already)
+    return (forwards - own) // already * times + own, backwards if own else backwards // already * times

@@ -81,7 +81,7 @@ def again(record: Mapping[str, Any], vs: str, *more: str) -> str:
     words = ["arena", "match", record["defense"], "--vs", vs, "--dataset", asked["dataset"]]
     words += ["--backbone", asked["backbone"]] if asked.get("backbone") else []
     words += ["--norm", threat["norm"], "--eps", threat["eps"], "-n", str(asked["n"])]
-    for key in ("seed", "train_seed", "train_norm", "train_eps", "checkpoint", "surface"):
+    for key in ("seed", "train_seed", "train_norm", "train_eps", "checkpoint", "surface", "budget"):
         if asked.get(key):
             words += [f"--{key.replace('_', '-')}", str(asked[key])]
     return shlex.join([*words, *more])
@@ -201,6 +201,18 @@ def statuses(record: dict[str, Any], problems: Sequence[str] = ()) -> list[Indic
         )
         for row in rows
         if row["status"] != "ok"
+    ]
+    found += [
+        Indicator(
+            "roster_incomplete",
+            True,
+            row["budget"],
+            None,
+            f"{row['name']}: no room in {row['budget']} passes an example for {', '.join(row['left_out'])}",
+            f"play it whole: {again({**record, 'asked': {**record['asked'], 'budget': None}}, row['name'])}",
+        )
+        for row in record["rosters"]
+        if row.get("cut")
     ]
     found += [
         Indicator("roster_incomplete", True, evidence=text, remedy="see 'arena plugins doctor'") for text in problems

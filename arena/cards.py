@@ -11,6 +11,7 @@
     train_seed = 0
     checkpoint = "weights.safetensors"       # paths are relative to the card
     surface = "surface.toml"
+    budget = 4000                            # passes an example a roster may cost
 
     [grid]                                   # every combination is played, the first key slowest
     defenses = ["rt", "sat", "fgaa_sat(lam=1)"]
@@ -71,6 +72,7 @@ class _Match(_Table):
     train_eps: Radius | None = None
     checkpoint: Text | None = None
     surface: Text | None = None
+    budget: Annotated[int, Field(ge=1)] | None = None
 
 
 class _Grid(_Table):
@@ -167,7 +169,7 @@ def _elsewhere(key: str) -> str:
     return next((f"; did you mean '{full}'?" for name, full in homes.items() if f"'{name}'" in close), "")
 
 
-_WHOLE = ("n", "batch_size")
+_WHOLE = ("n", "batch_size", "budget")
 
 
 def _expected(where: Sequence[str]) -> str:

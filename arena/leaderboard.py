@@ -156,6 +156,7 @@ def why_unranked(record: Mapping[str, Any]) -> str:
         if name in played and not played[name].get("complete"):
             bad = [a["status"] for a in record["attacks"] if a.get("roster") == name and a["status"] != "ok"]
             counts = ", ".join(f"{bad.count(s)} {s}" for s in dict.fromkeys(bad))
+            counts = counts or (f"budget {played[name]['budget']}" if played[name].get("cut") else "")
             reasons.append(f"{name} incomplete" + (f" ({counts})" if counts else ""))
     if verdict(record) == "void":
         reasons.append("verdict void")

@@ -34,6 +34,15 @@ class Planned:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """An attack of a roster that its budget has no room for."""
+
+    name: str
+    passes: int
+    """The most it could cost an example, forwards and backwards."""
+
+
+@dataclass(frozen=True)
 class Group:
     """One entry of ``--vs``: a roster with its attacks, or a single attack."""
 
@@ -42,6 +51,12 @@ class Group:
     attacks: tuple[Planned, ...]
     problems: tuple[str, ...] = ()
     """What of the roster could not be made, in words; such a roster is never complete."""
+    budget: int | None = None
+    """Most passes (forwards and backwards) an example may cost; None: no limit."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What the budget has no room for."""
+    cut: bool = False
+    """The user's budget left out what the roster's own would have played: such a roster is not complete."""
 
 
 def check_entries(entries: tuple[str, ...], registry: Registry) -> tuple[str, ...]:

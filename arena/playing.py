@@ -18,6 +18,7 @@ from arena.attack import Setup, Unsupported, bound
 from arena.audit import statuses, verdict
 from arena.auditing.observing import Observed
 from arena.auditing.run import audit_match
+from arena.budget import cost, within
 from arena.check import PROBE, changed_parts, check_defense, state_hash
 from arena.contender import Contender, seeded
 from arena.datasets import describe, to_float
@@ -102,6 +103,11 @@ class Playing:
         self.correct = (self.referee.score(self.x, self.y, self.index).predicted == self.y).cpu()
         natural, interval = share(self.correct)
         groups = line_up(arranged.entries, self.registry, self.surface, arranged.threat, self.n_classes)
+        groups = [within(group, arranged.question.budget, self._cost) for group in groups]
+        for group in groups:
+            if group.left_out:
+                names = ", ".join(f"{one.name} ({one.passes})" for one in group.left_out)
+                self.watch.say(f"{group.name}: no room in {group.budget} passes an example for {names}")
         record = self._head(natural, interval)
         self.registry.announce("arena_match_started", record=copy.deepcopy(record))
         rows: list[tuple[Group, Played]] = []
@@ -168,12 +174,12 @@ class Playing:
         x, y, index = self.x[rows], self.y[rows], self.index[rows]
         stream = Stream.of(arranged.question.seed, planned.name)
         if spec.iterate:
-            setup = Setup(arranged.threat, self.n_classes, self.surface, arranged.images.shape, stream, self._lend)
+            setup = self._setup(stream, self._lend)
             # A minimal attack is nearly always at a mistake, so looking at each one would cost 8 % of its time.
             attack = Observed(
                 load(spec.iterate)(setup, **planned.options), arranged.threat, 8 if spec.kind == "minimal" else 1
             )
-            draws = DRAWS if self.surface.random else 1
+            draws = self._draws()
             self.watch.phase(planned.name, len(x) * bound(attack, draws), "forwards")
             # A random model draws from the global generator: the same match draws the same numbers.
             with seeded(int(stream.bits(self.index[:1], 0, 0, 1)[0, 0])):
@@ -204,6 +210,17 @@ class Playing:
             keeper,
             lambda _, done: self.watch.advance(done),
         )
+
+    def _setup(self, stream: Stream, lend: Callable[[str], None]) -> Setup:
+        arranged = self.arranged
+        return Setup(arranged.threat, self.n_classes, self.surface, arranged.images.shape, stream, lend)
+
+    def _draws(self) -> int:
+        return DRAWS if self.surface.random else 1
+
+    def _cost(self, planned: Planned) -> int | None:
+        stream = Stream.of(self.arranged.question.seed, planned.name)
+        return cost(planned, self._setup(stream, lambda name: None), self._draws())
 
     def _lend(self, name: str) -> None:
         """Put another defense's model, trained as this match's question says, at the target's disposal."""
@@ -311,6 +328,7 @@ class Playing:
                 "train_seed": question.train_seed,
                 "train_norm": question.train_norm,
                 "train_eps": question.train_eps,
+                "budget": question.budget,
                 "checkpoint": None if question.checkpoint is None else str(question.checkpoint),
                 "surface": None if question.surface is None else str(question.surface),
                 "indices_sha256": indices_hash(arranged.index),

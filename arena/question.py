@@ -27,6 +27,8 @@ class Question:
     """Radius that adversarial recipes train against; None: the data set's default, whatever the match's eps is."""
     checkpoint: Path | None = None
     surface: Path | None = None
+    budget: int | None = None
+    """Most passes (forwards and backwards) a roster may cost an example; None: what the roster says."""
     protocol: str = "standard"
     card: str | None = None
 

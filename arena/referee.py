@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from arena.objectives import best_other
-from arena.target import PAD
 from arena.threat import Threat
 
 #: Rows a batch; constant, so that a point's logits do not depend on how many others are scored.
@@ -93,8 +92,12 @@ class Referee:
         return out[: len(rows)].float()
 
     def _drawn(self, x: Tensor, y: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return one point's majority class, median margin and agreement over its own draws."""
-        batch = x.unsqueeze(0).expand(PAD, *x.shape).to(self.device)
+        """Return one point's majority class, median margin and agreement over its own draws.
+
+        A pass holds the point twice and one answer counts: a model may draw once for a whole batch, so one pass cannot
+        hold several draws, and a batch of one loses its axis in models that squeeze.
+        """
+        batch = x.unsqueeze(0).expand(2, *x.shape).to(self.device)
         seen = []
         with torch.random.fork_rng():
             for draw in range(DRAWS):

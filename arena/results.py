@@ -107,7 +107,7 @@ def roster_row(group: Group, rows: Sequence[Played], correct: Tensor) -> dict[st
     for played in rows:
         standing &= ~played.broken
     met_all = all(bool((p.attempted | p.broken | ~p.met).all()) for p in rows)
-    whole = len(rows) == len(group.attacks) and met_all and not group.problems
+    whole = len(rows) == len(group.attacks) and met_all and not group.problems and not group.cut
     complete = whole and all(p.status == "ok" for p in rows)
     robust, interval = share(standing) if _speak(rows) else (None, None)
     return {
@@ -116,6 +116,9 @@ def roster_row(group: Group, rows: Sequence[Played], correct: Tensor) -> dict[st
         "ci95": interval,
         "members": [p.planned.name for p in rows],
         "complete": complete,
+        "budget": group.budget,
+        "cut": group.cut,
+        "left_out": {one.name: one.passes for one in group.left_out},
         "forwards": sum(p.forwards for p in rows),
         "backwards": sum(p.backwards for p in rows),
         "seconds": round(sum(p.seconds for p in rows), 3),

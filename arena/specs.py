@@ -168,6 +168,9 @@ class RosterSpec:
     """``package.module:function``."""
     version: str = "1"
     """Changes whenever the list or a setting changes."""
+    budget: int = 0
+    """Most passes (forwards and backwards) it may cost an example unless the user says otherwise; 0: no limit. Attacks
+    that do not fit are left out and named."""
     from_surface: bool = False
     """The list depends on the surface; entries of plugins' ``arena_adaptive_attacks`` hook are added to it."""
 

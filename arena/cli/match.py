@@ -24,6 +24,12 @@ VS = "autoattack,adaptive"
 @options.question
 @click.option("-n", type=int, metavar="N", help="Points; a smaller n is inside a larger one.  [default: 500]")
 @click.option("--seed", type=int, metavar="SEED", help="Seed of the attacks' random numbers.  [default: 0]")
+@click.option(
+    "--budget",
+    type=int,
+    metavar="PASSES",
+    help="Most passes a roster may cost an example; what has no room is named.  [default: the roster's own]",
+)
 @options.training
 @options.device
 @click.option("--batch-size", default="auto", metavar="N", help="Rows a pass; changes no outcome.  [default: auto]")

@@ -85,7 +85,7 @@ def replay(record: Record) -> str:
         usual.pop("eps", None)  # a norm of one's own needs its eps
     words += [w for k, v in given.items() if v and v != usual.get(k) for w in (f"--{k}", str(v))]
     words += ["-n", str(asked["n"])] if asked["n"] != 500 else []
-    for key in ("seed", "train_seed", "train_norm", "train_eps"):
+    for key in ("seed", "train_seed", "train_norm", "train_eps", "budget"):
         if asked.get(key):
             words += [f"--{key.replace('_', '-')}", str(asked[key])]
     return shlex.join(words)
@@ -229,6 +229,10 @@ def _rosters(console: Console, record: Record) -> None:
             clock(row.get("seconds") or 0.0),
         )
     console.print(made)
+    for row in record["rosters"]:
+        if row.get("left_out"):
+            names = ", ".join(f"{name} ({passes})" for name, passes in row["left_out"].items())
+            console.print(cell(f"left out of {row['name']}, budget {row['budget']} passes an example: {names}"))
 
 
 def _audit(console: Console, record: Record, everything: bool) -> None:

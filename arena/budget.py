@@ -1,0 +1,73 @@
+"""Keeps a roster within a number of passes an example: what does not fit is left out and named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from arena.attack import Setup, most
+from arena.lineup import Group, LeftOut, Planned
+from arena.specs import load
+
+#: Tells the most passes of an attack an example can cost; None where nobody knows.
+Cost = Callable[[Planned], int | None]
+
+
+def cost(planned: Planned, setup: Setup, draws: int) -> int | None:
+    """Return the most passes (forwards and backwards) an example can cost; None for plain attacks.
+
+    Args:
+        planned: an attack.
+        setup: what it is made for.
+        draws: passes that the logits of a random model are averaged over; 1 otherwise.
+    """
+    spec = planned.spec.spec
+    if not spec.iterate:
+        return None
+    try:
+        return sum(most(load(spec.iterate)(setup, **planned.options), draws))
+    except (Exception, SystemExit):  # it will fail again where it is played, and be named there
+        return None
+
+
+def within(group: Group, given: int | None, cost: Cost) -> Group:
+    """Return a roster with only the attacks that fit into its budget, in its order; a single attack as it is.
+
+    An attack that does not fit is left out, and the next is tried. Attacks whose cost nobody knows are played. What a
+    ``given`` budget leaves out of a roster that its own would play makes it incomplete.
+
+    Args:
+        group: one entry of ``--vs``.
+        given: the user's budget, passes an example; None: the roster's own.
+        cost: tells an attack's cost.
+    """
+    if group.roster is None:
+        return group
+    own = group.roster.spec.budget or None
+    limit = own if given is None else given
+    if limit is None:
+        return group
+    costs = [cost(planned) or 0 for planned in group.attacks]
+    kept = _fitting(costs, limit)
+    if len(kept) == len(costs):
+        return replace(group, budget=limit)
+    usual = range(len(costs)) if own is None else _fitting(costs, own)
+    return replace(
+        group,
+        attacks=tuple(group.attacks[k] for k in kept),
+        budget=limit,
+        left_out=tuple(
+            LeftOut(p.name, c) for k, (p, c) in enumerate(zip(group.attacks, costs, strict=True)) if k not in kept
+        ),
+        cut=not set(usual) <= set(kept),
+    )
+
+
+def _fitting(costs: list[int], limit: int) -> list[int]:
+    """Return the places of what fits, taken in order."""
+    kept, spent = [], 0
+    for k, one in enumerate(costs):
+        if spent + one <= limit:
+            kept.append(k)
+            spent += one
+    return kept
