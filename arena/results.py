@@ -89,6 +89,7 @@ def attack_row(played: Played, correct: Tensor, unique: int | None = None) -> di
         "cumulative_accuracy": None if played.planned.standalone else share(played.cumulative)[0],
         "ci95": robust[1] if robust else None,
         "unique_broken": unique,
+        "broken_points": None if unique is None else packed(played.broken),
         "forwards": played.forwards,
         "backwards": played.backwards,
         "seconds": round(played.seconds, 3),
@@ -99,6 +100,16 @@ def attack_row(played: Played, correct: Tensor, unique: int | None = None) -> di
         "error": played.error or None,
         "trace": played.trace or None,
     }
+
+
+def packed(mask: Tensor) -> str:
+    """Write a mask (n,) of points as hexadecimal digits, the first point in the highest bit."""
+    return np.packbits(mask.cpu().numpy()).tobytes().hex()
+
+
+def unpacked(digits: str, n: int) -> np.ndarray:
+    """Read what ``packed`` wrote: (n,) bool, in the order of the match's points."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8), count=n).astype(bool)
 
 
 def roster_row(group: Group, rows: Sequence[Played], correct: Tensor) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from arena.match import play
 from arena.plugins import discover
 from arena.question import Question, Running
 from arena.referee import DRAWS
-from arena.results import examples_hash
+from arena.results import examples_hash, unpacked
 from arena.specs import Indicator
 from arena.store import open_store
 from arena.verify import verify
@@ -224,6 +224,7 @@ def test_matrix_fills_what_only_each_attack_broke(registry):
     record = play(question, dataclasses.replace(GO, matrix=True), registry, Silent()).record
     assert all(isinstance(r["unique_broken"], int) for r in record["attacks"])
     assert all(r["robust_accuracy"] is not None for r in record["attacks"])
+    assert all(unpacked(r["broken_points"], 48).sum() == r["broken"] for r in record["attacks"])
     plain = play(question, GO, registry, Silent()).record
     assert all(r["unique_broken"] is None for r in plain["attacks"])
 

@@ -15,10 +15,12 @@ from arena.results import (
     attack_row,
     examples_hash,
     keep_examples,
+    packed,
     roster_row,
     share,
     sweep_rows,
     unique_breaks,
+    unpacked,
     worst_case,
 )
 from arena.specs import AttackSpec
@@ -133,3 +135,8 @@ def test_an_attack_in_two_entries_is_one_attack():
 def test_a_roster_with_a_problem_is_not_complete():
     group = Group("roster", None, (planned("a"),), ("a plugin's hook failed",))
     assert not roster_row(group, [played("a", [0])], CORRECT)["complete"]
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=70))
+def test_points_survive_being_packed(mask):
+    assert unpacked(packed(torch.tensor(mask)), len(mask)).tolist() == mask
