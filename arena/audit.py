@@ -24,7 +24,7 @@ VERDICTS = ("clear", "suspect", "void", "not_audited")
 #: How much is looked at.
 LEVELS = ("normal", "deep", "none")
 #: Raise it when indicators or thresholds change: a stored result is then asked again.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -264,7 +264,7 @@ def page(found: Sequence[Matrix], n: int, seeds: Sequence[int]) -> str:
             "## Leave one out",
             "",
             "*Breaks* counts points that it breaks, *first* those that nothing before it in the roster breaks, *only "
-            "it* those that would stand if it were left out of `adaptive`; the next column, if `autoattack` were played too. "
+            "it* those that would stand if it were left out of `adaptive`; the next column, with `autoattack` played. "
             "*Passes* are forwards and backwards an example. Sums over all matches.",
             "",
             f"### Ideas, on the {len(built)} matches of built-in defenses",

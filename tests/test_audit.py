@@ -195,6 +195,7 @@ PLANTED = {
     "large_eps": (indicators.large_eps, lambda b: lying(b, lambda g, x: -g), {}),
     "eps_curve": (indicators.eps_curve, lambda b: lambda: Branching(b[0]), {"eps": "1"}),
     "budget_still_gains": (indicators.budget_still_gains, lambda b: lying(b, few_pixels_at_a_time), {"eps": "0.03"}),
+    "break_point_angle": (indicators.break_point_angle, lambda b: lying(b, few_pixels_at_a_time), {"eps": "0.03"}),
     "still_breaks": (indicators.still_breaks, lambda b: lambda: b[0], {"eps": "0.3"}),
     "hidden_randomness": (conduct.hidden_randomness, lambda b: lambda: RandomOffImages(b[0]), {}),
     "memory": (conduct.memory, lambda b: lambda: Remembering(b[0]), {}),
@@ -406,3 +407,15 @@ def test_the_gallery_says_what_is_broken_and_what_its_twin_is():
         assert spec.twin == "rt"
         assert hasattr(broken, spec.build.partition(":")[2])
         assert hasattr(broken, spec.recipe.partition(":")[2])
+
+
+def test_the_knee_is_90_degrees_at_once_and_180_never():
+    time = torch.linspace(0, 1, 81)
+    at_once = torch.where(time > 0, 0.0, 1.0)
+    even = 1 - time
+    curves = torch.stack([at_once, even, 3 * even - 7, torch.zeros(81), (1 - 4 * time).clamp_min(0)], 1)
+    angle = indicators.knee(curves)
+    assert angle[0] == pytest.approx(90, abs=1)
+    assert angle[1:3].tolist() == pytest.approx([180, 180], abs=0.1)  # neither scale nor offset counts
+    assert angle[3] == 90
+    assert angle[4] == pytest.approx(90 + 14.04, abs=1)  # atan(1/4) off the perpendicular

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 import torch
+from torch import Tensor
 
 from arena.auditing import thresholds as t
 from arena.auditing.conduct import hidden_randomness, memory, optimizes_inside
@@ -76,6 +77,41 @@ def budget_still_gains(probe: Probe) -> Indicator:
         f"after {LONG} steps {int(unsettled.sum())} of {len(unsettled)} climbs are still gaining",
         "the budget was too small: " + probe.command("pgd(loss=margin,steps=1000,restarts=5),apgd_ce(steps=500)"),
     )
+
+
+def break_point_angle(probe: Probe) -> Indicator:
+    """Look whether the curves of long climbs on standing points have a knee: without one they never settled.
+
+    Both axes are scaled to [0, 1]; the knee is the point of the curve farthest from the line between its ends. The angle
+    there is 90 degrees where the climb gains at once and then settles, 180 where it gains evenly to its last step
+    (Pintor et al. 2022, the angle that shows incomplete optimization).
+    """
+    if not len(probe.standing):
+        return Indicator("break_point_angle", False, evidence="no point stands")
+    angle = knee(probe.long.lead.cummin(0).values)
+    open_ended = angle > t.ANGLE
+    flag = many(open_ended, t.ANGLES) and int(open_ended.sum()) >= t.FEWEST
+    return finding(
+        "break_point_angle",
+        flag,
+        float(angle.median()),
+        t.ANGLE,
+        f"{int(open_ended.sum())} of {len(angle)} climbs of {LONG} steps gain evenly to their end: they never settle",
+        "the budget was too small: " + probe.command("pgd(loss=margin,steps=1000,restarts=5),apgd_ce(steps=500)"),
+    )
+
+
+def knee(curve: Tensor) -> Tensor:
+    """Return the angle in degrees at the knee of falling curves (T + 1, N): (N,), 90 for a curve that stays flat."""
+    fallen = curve[0] - curve[-1]
+    height = (curve - curve[-1]) / fallen.clamp_min(1e-12)
+    time = torch.linspace(0, 1, len(curve), device=curve.device).unsqueeze(1)
+    place = 1 + (1 - time - height).abs()[1:-1].argmax(0)  # the line between the ends is height = 1 - time
+    x, y = time[place, 0], height.gather(0, place.unsqueeze(0)).squeeze(0)
+    first, last = torch.atan2(1 - y, -x), torch.atan2(-y, 1 - x)
+    turn = torch.rad2deg((first - last).abs())
+    angle = torch.minimum(turn, 360 - turn)
+    return torch.where(fallen > 1e-6, angle, torch.full_like(angle, 90.0))
 
 
 def large_eps(probe: Probe) -> Indicator:
@@ -165,6 +201,7 @@ BUILT_IN: dict[str, Callable[[Probe], Indicator]] = {
         planted,
         search_beats_gradient,
         budget_still_gains,
+        break_point_angle,
         still_breaks,
     )
 }
