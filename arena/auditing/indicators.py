@@ -82,9 +82,9 @@ def budget_still_gains(probe: Probe) -> Indicator:
 def break_point_angle(probe: Probe) -> Indicator:
     """Look whether the curves of long climbs on standing points have a knee: without one they never settled.
 
-    Both axes are scaled to [0, 1]; the knee is the point of the curve farthest from the line between its ends. The angle
-    there is 90 degrees where the climb gains at once and then settles, 180 where it gains evenly to its last step
-    (Pintor et al. 2022, the angle that shows incomplete optimization).
+    Both axes are scaled to [0, 1]; the knee is the point farthest from the line between its ends. Its angle
+    is 90 degrees where the climb gains at once and then settles, 180 where it gains evenly to its last step (Pintor et
+    al. 2022, the angle that shows incomplete optimization).
     """
     if not len(probe.standing):
         return Indicator("break_point_angle", False, evidence="no point stands")
