@@ -267,6 +267,29 @@ def test_what_stands_behind_a_dead_layer_is_read():
     assert found(DeadTwice()) == []
 
 
+class Gated(Plain):
+    """A gate that is stuck at 0 or 1 mixes two of many ways; the others are never used."""
+
+    def __init__(self, stuck: float, ways: int = 40) -> None:
+        super().__init__()
+        self.ways = nn.ModuleList([nn.Linear(32, 32) for _ in range(ways)])
+        self.gate = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 1), nn.Sigmoid())
+        nn.init.constant_(self.gate[2].bias, stuck)
+
+    def between(self, f):
+        w = self.gate(f)
+        return w * self.ways[0](f) + (1 - w) * self.ways[-1](f)
+
+
+@pytest.mark.parametrize("stuck", [0.0, 300.0, -300.0])
+def test_a_gate_that_is_stuck_costs_few_forwards_and_hides_nothing(stuck):
+    torch.manual_seed(0)
+    model, forwards = Gated(stuck), []
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    assert {f.path for f in found(model)} == {f"ways.{k}" for k in range(1, 39)}
+    assert len(forwards) <= 20
+
+
 @pytest.mark.parametrize("how", ["relu", "detached", "hard"])
 def test_no_gradient_is_not_unread(how):
     torch.manual_seed(0)
