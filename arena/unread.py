@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from arena.hidden import Finding, heads, reading, selections
 from arena.surface import Surface, selects, submodule
@@ -22,8 +23,8 @@ from arena.target import pad
 
 __all__ = ["Finding", "unread"]
 
-#: Images looked at.
-ROWS = 8
+#: Images looked at for hidden scores, and of these for unread parameters.
+ROWS, FEW = 8, 4
 #: Most forwards spent on telling read parameters from unread ones that got no gradient; then the rest count as read.
 BUDGET = 200
 #: Seeds under which parameters without a gradient are drawn anew.
@@ -40,32 +41,64 @@ def unread(model: nn.Module, surface: Surface, x: Tensor, n_classes: int) -> lis
     """
     x = pad(x[:ROWS])
     found = [*heads(model, surface, x, n_classes), *selections(model, surface)]
-    return found + _parameters(model, surface, x)
+    return found + _parameters(model, surface, x[:FEW])
 
 
 def _parameters(model: nn.Module, surface: Surface, x: Tensor) -> list[Finding]:
     named = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     gradients = _gradients(model, surface, x, named)
     # No gradient proves little: a hard choice has none, nor has a dead unit. What stays unread must not move anything.
-    left = _without(gradients)
+    left = set(_without(gradients))
     budget = [BUDGET]
-    for setting in _settings(model, surface):
-        if left:
-            with setting():
-                left = _still_unread(
-                    left,
+    for k, setting in enumerate(_settings(model, surface)):
+        if not left:
+            break
+        with setting():
+            # under a knob only what the pass lays hands on can be read where it was not before
+            part = left if k == 0 else left & _touched(named, lambda: _everything(model, surface, x))
+            if part:
+                unmoved = _still_unread(
+                    [name for name in gradients if name in part],
                     named,
                     lambda: _everything(model, surface, x),
                     lambda some: _without(_gradients(model, surface, x, some)),
                     budget,
                 )
-    return _gathered(model, named, set(left))
+                left -= part - set(unmoved)
+    return _gathered(model, named, left)
+
+
+class _Hands(TorchFunctionMode):
+    """Notes every tensor that a torch function is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waiting = [args, kwargs or {}]
+        while waiting:
+            found = waiting.pop()
+            if isinstance(found, Tensor):
+                self.given.add(id(found))
+            elif isinstance(found, list | tuple):
+                waiting += found
+            elif isinstance(found, dict):
+                waiting += found.values()
+        return func(*args, **(kwargs or {}))
+
+
+def _touched(named: Mapping[str, nn.Parameter], read: Callable[[], list[Tensor]]) -> set[str]:
+    """Return the parameters that some torch function is given; all, if none is: compiled code shows nothing."""
+    with _Hands() as hands:
+        read()
+    found = {name for name, p in named.items() if id(p) in hands.given}
+    return found or set(named)
 
 
 def _without(gradients: Mapping[str, Tensor | None]) -> list[str]:
-    """Return the names whose gradient is absent, or zero wherever it is a number; the absent ones first."""
-    absent = [name for name, g in gradients.items() if g is None]
-    return absent + [name for name, g in gradients.items() if g is not None and not bool(torch.nan_to_num(g).any())]
+    """Return the names whose gradient is absent, or zero wherever it is a number."""
+    return [name for name, g in gradients.items() if g is None or not bool(torch.nan_to_num(g).any())]
 
 
 def _gradients(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 from arena.errors import ArenaError
 from arena.specs import Entry, text
@@ -16,7 +17,7 @@ RATIOS = ((10.0, 1.0), (5.0, 1.0), (2.0, 1.0), (1.0, 1.0), (1.0, 2.0), (1.0, 5.0
 #: Values at which gates are held.
 HELD = (0.0, 0.25, 0.5, 0.75, 1.0)
 #: Radii, as shares of eps, at which a gate is held where clean images have it.
-SHARES = (0.125, 0.25, 0.5, 1.0)
+SHARES = (Fraction(1, 8), Fraction(1, 4), Fraction(1, 2), 1.0)
 
 
 def _only(name: str, threat: Threat) -> None:
