@@ -55,6 +55,22 @@ def changed_parts(model: nn.Module, before: dict[str, Tensor]) -> str:
     return _list(names)
 
 
+def drift(device: str | torch.device) -> float:
+    """Return by what share of their spread scores of the same images may differ when they are made again.
+
+    Nothing on the CPU; elsewhere sums may run in another order.
+    """
+    return 0.0 if torch.device(device).type == "cpu" else DRIFT
+
+
+def came_again(now: Tensor, before: Tensor, tolerance: float) -> bool:
+    """Tell whether scores (..., K) are what they were, up to a share of the spread of each K."""
+    if tolerance == 0:
+        return torch.equal(now, before)
+    gap = (now - before).abs().amax(-1)
+    return bool((gap <= tolerance * (before.amax(-1) - before.amin(-1))).all())
+
+
 def check_defense(
     build: Callable[[], nn.Module], surface: Surface, x: Tensor, y: Tensor, n_classes: int
 ) -> tuple[int, list[Indicator]]:

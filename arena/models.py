@@ -141,6 +141,6 @@ def plan(
         preset=preset,
         stages=stages,
         checkpoint=checkpoint,
-        surface=None if surface is None else surface_from_toml(surface),
+        surface=None if surface is None else surface_from_toml(surface, whole=False),
         starts=starts,
     )

@@ -1,4 +1,4 @@
-"""Objectives: pure functions (scores (M, K), y (M,), target (M,) or None) -> (M,), to be increased by an attack.
+"""Objectives: pure functions (scores (M, K), y (M,), target (M,) or pair (M, 2) or None) -> (M,), to be increased.
 
 An attack names one in its query and the engine sums it over the logits and heads with the query's weights.
 """
@@ -78,6 +78,23 @@ def lead_enough(scores: Tensor, y: Tensor, target: Tensor | None = None) -> Tens
     return lead(scores, y, target).clamp_max(ENOUGH)
 
 
+def lead_away(scores: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
+    """``margin`` over the scores' spread, which carries no gradient: comparable between heads and logits."""
+    return margin(scores, y) / _spread(scores).squeeze(1)
+
+
+def top_two(scores: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
+    """Leads of a pair of classes, (M, 2): the first's over the second, the second's over all others.
+
+    Both are over the scores' spread, and more than ``ENOUGH`` of either is worth nothing more.
+    """
+    pair = _needed(target)
+    first, second = scores.gather(1, pair).unbind(1)
+    rest = scores.scatter(1, pair, -torch.inf).amax(1)
+    leads = torch.stack((first - second, second - rest), 1) / _spread(scores)
+    return leads.clamp_max(ENOUGH).sum(1)
+
+
 def best_other(scores: Tensor, y: Tensor) -> Tensor:
     """Largest score among the wrong classes, (M,)."""
     hidden = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, y.view(-1, 1), True)
@@ -100,7 +117,20 @@ def _needed(target: Tensor | None) -> Tensor:
 
 
 BUILT_IN: dict[str, Objective] = {
-    f.__name__: f for f in (ce, ce_scaled, ce_targeted, margin, margin_targeted, dlr, dlr_targeted, lead, lead_enough)
+    f.__name__: f
+    for f in (
+        ce,
+        ce_scaled,
+        ce_targeted,
+        margin,
+        margin_targeted,
+        dlr,
+        dlr_targeted,
+        lead,
+        lead_enough,
+        lead_away,
+        top_two,
+    )
 }
 
 

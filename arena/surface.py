@@ -23,6 +23,7 @@ from arena.selection import Select
 WRAPPERS = ("module", "_orig_mod")
 _TYPES: dict[str, tuple[type, ...]] = {
     "call": (int,),
+    "rank": (int,),
     "clean": (int,),
     "output": (int, str),
     "answers": (bool,),
@@ -74,6 +75,8 @@ class Selection:
     path: str = ""
     scores: str = ""
     """Name of the head whose argmax is the choice."""
+    rank: int = 1
+    """1: the choice is that head's best class; 2: its second."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,12 @@ class Surface:
                 raise ArenaError(
                     f"surface: selection '{name}': expected the path of a Select, or the head that scores it"
                 )
+            if selection.rank not in (1, 2):
+                raise ArenaError(f"surface: selection '{name}': rank {selection.rank}, expected 1 or 2")
+        self._check_scores()
+
+    def _check_scores(self) -> None:
+        for name, selection in self.selections.items():
             if selection.scores and selection.scores not in self.heads:
                 raise ArenaError(
                     f"surface: selection '{name}': scores '{selection.scores}' is no head"
@@ -129,6 +138,13 @@ class Surface:
             "knobs": {k: f"{v.path}.{v.attribute}" for k, v in self.knobs.items()},
             "random": self.random,
         }
+
+
+class Addition(Surface):
+    """What is declared beside another surface by its ``with_more``; choices may name that other one's heads."""
+
+    def _check_scores(self) -> None:
+        """Leave it to the whole surface."""
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
@@ -286,8 +302,8 @@ def selects(model: nn.Module, surface: Surface) -> dict[str, Select]:
     return found
 
 
-def surface_from_toml(path: Path) -> Surface:
-    """Read a surface declared in a file.
+def surface_from_toml(path: Path, whole: bool = True) -> Surface:
+    """Read a surface declared in a file; unless it is the ``whole`` surface, an ``Addition``.
 
     ``random = false``; tables ``[heads.NAME]``, ``[gates.NAME]``, ``[selections.NAME]``, ``[knobs.NAME]`` whose keys
     are the fields of ``Head``, ``Gate``, ``Selection``, ``Knob``.
@@ -331,7 +347,7 @@ def surface_from_toml(path: Path) -> Surface:
                 problems.append(f"'{where}' lacks a key (it takes {', '.join(known)})")
     if problems:
         raise ArenaError(f"surface file '{path}': unknown or bad {'; '.join(problems)}")
-    return Surface(
+    return (Surface if whole else Addition)(
         heads=made["heads"],
         gates=made["gates"],
         selections=made["selections"],

@@ -204,7 +204,7 @@ def _value(query: Query, logits: Tensor, scores: Tensor | None, gates: Tensor | 
             each = [function(logits, y, query.target).unsqueeze(1)]
             terms = scores.shape[1] - 1
             many, labels = scores[:, 1:].flatten(0, 1), y.repeat_interleave(terms)
-            targets = None if query.target is None else query.target.repeat_interleave(terms)
+            targets = None if query.target is None else query.target.repeat_interleave(terms, dim=0)
             each.append(objective(query.heads_objective or query.objective)(many, labels, targets).view(-1, terms))
             # A weight of 0 switches a term off, also where its value is infinite.
             value = (torch.cat(each, 1) * query.weights).masked_fill(query.weights == 0, 0.0).sum(1)

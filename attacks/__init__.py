@@ -187,7 +187,7 @@ _ROSTERS = (
         "adaptive",
         "attacks made for the defense's surface: heads, hard choices, gates, knobs; restarts, other losses",
         "arena_attacks.rosters:adaptive",
-        version="2",
+        version="3",
         budget=8000,
         from_surface=True,
     ),

@@ -11,6 +11,13 @@ from .options import BOTH, TARGETS, loss, restarts, step, steps
 _WEIGHT = "weight of the {}, at least 0"
 _GATE = Option("", "the one gate to attack; empty: all of them")
 
+_START = Option(
+    "ball",
+    "anywhere in the ball; at the image; a small FGSM step from it; at the image with rounded pixels",
+    choices=("ball", "image", "fgsm", "rounded"),
+)
+_SHRINK = Option(1.0, "radius searched, as a fraction of eps: up to 1", low=1e-3, high=1)
+
 GATES = (
     AttackSpec(
         "gate_pgd",
@@ -27,6 +34,8 @@ GATES = (
             "steps": steps(20),
             "step": step(Fraction(1, 10)),
             "restarts": restarts(),
+            "start": _START,
+            "shrink": _SHRINK,
         },
         standalone=True,
         sweep="gate_pgd",
@@ -44,6 +53,8 @@ GATES = (
             "steps": steps(40),
             "step": step(Fraction(1, 10)),
             "restarts": restarts(),
+            "start": _START,
+            "shrink": _SHRINK,
         },
     ),
 )
@@ -70,7 +81,16 @@ CHOICES = (
         "targeted attack under choices forced to the target, whose heads have to choose it",
         BOTH,
         iterate="arena_attacks.through:forced",
-        options={"targets": TARGETS, "steps": steps(100), "restarts": restarts()},
+        options={
+            "place": Option(
+                "alone",
+                "the target alone; or, where a mask follows two classes, the target first, second, or behind the true",
+                choices=("alone", "first", "second", "behind"),
+            ),
+            "targets": TARGETS,
+            "steps": steps(100),
+            "restarts": restarts(),
+        },
     ),
     AttackSpec(
         "knob",

@@ -1,12 +1,15 @@
 """Attacks on gates: drive a gate to one end while the logits are attacked, or hold it and make the model follow.
 
-AFA's adaptive attack ascends a CE + b BCE(gate) (papers.md 5.3); held gates are papers.md 9.4 (i), (ii).
+AFA's adaptive attack ascends a CE + b BCE(gate) (papers.md 5.3); held gates are papers.md 9.4 (i), (ii). A gate
+that was trained to recognise large changes is met with small ones: starts near the image, a smaller ball (9.4 (iv),
+(v)).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +18,14 @@ from arena.attack import Answer, GateTerm, Query, Setup, State, Unsupported
 from arena.surrogate import Surrogate
 
 from .pgd import Pgd
+from .steps import TINY, ascend, rows
 
 #: How near a gate has to come to the value at which it was held.
 CLOSE = 0.1
 #: The push on a gate grows by this factor a step while it is further away, and shrinks by it while it is near.
 FACTOR = 1.25
+#: The first step from ``start=fgsm``, as a share of the radius.
+SMALL = 0.25
 #: Bounds of the push, as multiples of its first value.
 WEAKEST, STRONGEST = 1e-2, 1e4
 
@@ -38,13 +44,46 @@ def pick(setup: Setup, attack: str, gate: str) -> Tensor:
     return torch.tensor([float(not gate or name == gate) for name in names])
 
 
-class GatePgd(Pgd):
+class Near(Pgd):
+    """PGD inside a smaller ball, from a start that a gate may take for clean.
+
+    Starts other than ``ball`` are where the gate is open. ``image`` and ``fgsm`` have one such start an image, so they
+    run once; ``rounded`` moves its grid of pixel values from restart to restart.
+    """
+
+    def __init__(self, setup: Setup, *, start: str, shrink: float | Fraction, restarts: int, **how: object) -> None:
+        radius = setup.threat.fraction * Fraction(shrink)
+        setup = replace(setup, threat=replace(setup.threat, eps=str(radius)))
+        super().__init__(setup, restarts=restarts if start in ("ball", "rounded") else 1, **how)  # type: ignore[arg-type]
+        self.begin = start
+
+    def _begin(self, index: Tensor, restart: Tensor | int, x: Tensor) -> Tensor:
+        if self.begin == "ball":
+            return super()._begin(index, restart, x)
+        if self.begin == "rounded":
+            # Linf: as coarse as the ball allows to half; L2: of about half the ball's length
+            radius, size = self.setup.threat.radius, x[0].numel()
+            grid = max(radius * (1.0 if self.setup.threat.norm == "Linf" else (3 / size) ** 0.5), TINY)
+            place = self.setup.stream.uniform(index, 2, (1, 1, 1), restart).double()
+            return self.setup.threat.project(x, (((x.double() / grid + place).round() - place) * grid).to(x.dtype))
+        return x.clone()
+
+    def _move(self, state: State, point: Tensor, grad: Tensor) -> Tensor:
+        moved = super()._move(state, point, grad)
+        if self.begin != "fgsm":
+            return moved
+        threat, x = self.setup.threat, state["x"]
+        first = threat.project(x, ascend(threat, point, grad, SMALL * threat.radius))
+        return first.where(rows(state["step"] == 0, point), moved)
+
+
+class GatePgd(Near):
     """Ascend a * loss(logits) - b * mean over gates of BCE(gate, wanted)."""
 
-    def __init__(self, setup: Setup, *, a: float, b: float, wanted: Tensor, meant: Tensor, **how: object) -> None:
+    def __init__(self, setup: Setup, *, a: float, b: float, wanted: Tensor, meant: Tensor, **how: Any) -> None:
         weights = torch.zeros(setup.terms)
         weights[0] = a
-        super().__init__(setup, weights=weights, **how)  # type: ignore[arg-type]
+        super().__init__(setup, weights=weights, **how)
         self.wanted, self.meant = wanted, meant * (b / float(meant.sum()))
 
     def ask(self, state: State) -> Query:
@@ -54,15 +93,15 @@ class GatePgd(Pgd):
         return replace(super().ask(state), gates=term)
 
 
-class GateHeld(Pgd):
+class GateHeld(Near):
     """Attack the model with gates held at a value, and push the gates themselves there.
 
     The push of a row grows while its gates are far from the value and shrinks while they are near: a hinge whose weight
     follows success. With ``push=0`` it is the held model alone that is attacked.
     """
 
-    def __init__(self, setup: Setup, *, value: float, meant: Tensor, push: float, **how: object) -> None:
-        super().__init__(setup, **how)  # type: ignore[arg-type]
+    def __init__(self, setup: Setup, *, value: float, meant: Tensor, push: float, **how: Any) -> None:
+        super().__init__(setup, **how)
         self.value, self.meant, self.push = value, meant, push
         self.names = [name for name, m in zip(setup.surface.gates, meant.tolist(), strict=True) if m]
 
@@ -109,6 +148,8 @@ def gate_pgd(
     steps: int = 20,
     step: float | Fraction = Fraction(1, 10),
     restarts: int = 1,
+    start: str = "ball",
+    shrink: float | Fraction = 1.0,
 ) -> GatePgd:
     """Make one row of AFA's adaptive attack: a * loss(logits) - b * BCE(gate, wanted), the mean over gates.
 
@@ -130,6 +171,8 @@ def gate_pgd(
         steps=steps,
         step=step,
         restarts=restarts,
+        start=start,
+        shrink=shrink,
     )
 
 
@@ -143,13 +186,27 @@ def gate_held(
     steps: int = 40,
     step: float | Fraction = Fraction(1, 10),
     restarts: int = 1,
+    start: str = "ball",
+    shrink: float | Fraction = 1.0,
 ) -> GateHeld:
     """Make PGD on the model with gates held at ``value``, whose own values are pushed there too.
+
+    ``shrink`` searches a ball of that share of eps, ``start`` begins where gates may be fooled already; steps are
+    fractions of the radius that is searched.
 
     Raises:
         Unsupported: no gate, or not this one.
     """
     meant = pick(setup, "gate_held", gate)
     return GateHeld(
-        setup, value=float(value), meant=meant, push=float(push), loss=loss, steps=steps, step=step, restarts=restarts
+        setup,
+        value=float(value),
+        meant=meant,
+        push=float(push),
+        loss=loss,
+        steps=steps,
+        step=step,
+        restarts=restarts,
+        start=start,
+        shrink=shrink,
     )

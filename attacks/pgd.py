@@ -84,7 +84,7 @@ class Pgd:
         ended = state["step"] >= self.steps
         done = broken | (ended & (state["restart"] + 1 >= self.restarts))
         grad = torch.zeros_like(point) if answer.grad is None else answer.grad[:, 0]
-        moved = self._move(state["x"], point, grad)
+        moved = self._move(state, point, grad)
         step, restart = state["step"] + 1, state["restart"]
         again = ended & ~done
         if again.any():
@@ -101,8 +101,8 @@ class Pgd:
             "done": done,
         }
 
-    def _move(self, x: Tensor, point: Tensor, grad: Tensor) -> Tensor:
-        threat = self.setup.threat
+    def _move(self, state: State, point: Tensor, grad: Tensor) -> Tensor:
+        threat, x = self.setup.threat, state["x"]
         if self.way == "tanh":
             return climb_unbounded(threat, x, point, grad, self.size)
         if self.way == "tangent":

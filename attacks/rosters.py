@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 from arena.errors import ArenaError
 from arena.specs import Entry, text
@@ -15,6 +16,8 @@ LAMBDAS = (0.0, 0.1, 1.0, 2.0, 10.0, 100.0, math.inf)
 RATIOS = ((10.0, 1.0), (5.0, 1.0), (2.0, 1.0), (1.0, 1.0), (1.0, 2.0), (1.0, 5.0), (1.0, 10.0))
 #: Values at which gates are held.
 HELD = (0.0, 0.25, 0.5, 0.75, 1.0)
+#: Radii, as shares of eps, at which a gate is held where clean images have it.
+SHARES = (Fraction(1, 8), Fraction(1, 4), Fraction(1, 2), 1.0)
 
 
 def _only(name: str, threat: Threat) -> None:
@@ -64,11 +67,12 @@ def adaptive(surface: Surface, threat: Threat, n_classes: int) -> list[Entry]:
     entries: list[Entry] = [("apgd_ce", {"steps": 20})]
     if heads:
         entries += [("joint_t", {**short, "weights": "first"})]
-    entries += _selections(surface, targets)
+    entries += _selections(surface, targets, n_classes)
     entries += _knobs(surface, targets)
     if heads:
         entries += [("joint_t", short)]
     entries += [("gate_held", {"value": v, "steps": 20}) for v in HELD if surface.gates]
+    entries += _near(surface)
     entries += [
         ("apgd_t", short),
         ("pgd", {"loss": "margin", "steps": 40, "restarts": 5}),
@@ -91,19 +95,33 @@ def _random(surface: Surface, targets: int) -> list[Entry]:
     found = [s for s in surface.selections.values() if s.path]
     entries: list[Entry] = [("joint_t", {**few, "weights": "first"}), ("joint_t", few)] if surface.heads else []
     entries += [("relaxed", {"steps": 10, "restarts": 1})] if found else []
-    entries += [("forced", few)] if any(s.scores for s in found) else []
+    entries += [("forced", few)] if any(s.scores and s.rank == 1 for s in found) else []
     entries += [("gate_held", {"value": v, "steps": 10}) for v in (0.0, 1.0) if surface.gates]
     return [*_knobs(surface, targets), *entries, ("apgd_ce", {"steps": 10}), ("pgd", {"loss": "margin", "steps": 10})]
 
 
-def _selections(surface: Surface, targets: int) -> list[Entry]:
-    """Relax every choice; force those that a head scores."""
+def _near(surface: Surface) -> list[Entry]:
+    """Stay where a gate that was trained to recognise attacks may still say clean: small radii, starts by the image."""
+    values = sorted({float(gate.clean) for gate in surface.gates.values() if gate.shape == "example"})
+    entries: list[Entry] = []
+    for value in values:
+        held = {"value": value, "steps": 20}
+        entries += [("gate_held", {**held, "start": "fgsm", "shrink": share}) for share in SHARES]
+        entries += [("gate_held", {**held, "start": "rounded"})]
+    return entries
+
+
+def _selections(surface: Surface, targets: int, n_classes: int) -> list[Entry]:
+    """Relax every choice; force those that a head scores, and pairs where a choice takes its second class."""
     found = [s for s in surface.selections.values() if s.path]
     entries: list[Entry] = []
     if found:
         entries += [("relaxed", {"steps": 20}), ("relaxed", {"kind": "straight_through", "by": "pgd", "steps": 40})]
-    if any(s.scores for s in found):
+    if any(s.scores and s.rank == 1 for s in found):
         entries += [("forced", {"steps": 20, "targets": targets})]
+    if any(s.scores and s.rank == 2 for s in found):
+        places = ("first", "second", "behind") if n_classes > 2 else ("behind",)
+        entries += [("forced", {"place": place, "steps": 20, "targets": targets}) for place in places]
     return entries
 
 

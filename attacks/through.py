@@ -21,6 +21,7 @@ from arena.surrogate import Surrogate
 
 from .apgd import Apgd
 from .pgd import Pgd
+from .steps import ranked
 
 
 class Through:
@@ -53,15 +54,47 @@ class Through:
         return self.attack.passes()[0]
 
 
-def choices(setup: Setup, attack: str, scored: bool = False) -> dict[str, str]:
+class ForcedPair(Through):
+    """A targeted attack under choices forced to a pair of classes, which have to become a head's first and second.
+
+    The target is one of the pair; ``place`` says which, and what the other is.
+    """
+
+    def __init__(self, attack: Apgd, ranks: dict[str, int], place: str) -> None:
+        super().__init__(attack, self._force)
+        self.term, self.ranks, self.place = attack.term, ranks, place
+
+    def start(self, index: Tensor, x: Tensor, y: Tensor, clean: Tensor) -> State:
+        """Begin rows, and note the two best wrong classes of the clean image."""
+        return {**super().start(index, x, y, clean), "rivals": ranked(clean[:, self.term], y, 2)}
+
+    def ask(self, state: State) -> Query:
+        """Ask for the pair that the target makes."""
+        query = self.attack.ask(state)
+        assert query.target is not None
+        target, rivals = query.target, state["rivals"]
+        other = state["y"] if self.place == "behind" else rivals[:, 0].where(rivals[:, 0] != target, rivals[:, -1])
+        pair = (target, other) if self.place == "first" else (other, target)
+        query = replace(query, target=torch.stack(pair, 1))
+        return replace(query, surrogate=self.pose(state, query))
+
+    def _force(self, _state: State, query: Query) -> Surrogate:
+        assert query.target is not None
+        return Surrogate({name: Mode("forced", classes=query.target[:, rank - 1]) for name, rank in self.ranks.items()})
+
+
+def choices(setup: Setup, attack: str, rank: int = 0) -> dict[str, str]:
     """Return the selections that can be made another way, with the head that scores each (empty: not declared).
 
+    With ``rank``, only those that a head scores and that take its class of this rank.
+
     Raises:
-        Unsupported: there are none; with ``scored``, none that names its head.
+        Unsupported: there are none.
     """
-    found = {k: s.scores for k, s in setup.surface.selections.items() if s.path and (s.scores or not scored)}
+    declared = setup.surface.selections.items()
+    found = {k: s.scores for k, s in declared if s.path and (not rank or (s.scores and s.rank == rank))}
     if not found:
-        of = " scored by a head" if scored else ""
+        of = ["", " scored by a head", " of rank 2 scored by a head"][rank]
         raise Unsupported(f"{attack} needs a selection{of} that is a Select; the surface declares none")
     return found
 
@@ -105,15 +138,21 @@ def relaxed(
     return Through(inner, pose)
 
 
-def forced(setup: Setup, *, targets: int = 9, steps: int = 100, restarts: int = 1) -> Through:
+def forced(setup: Setup, *, place: str = "alone", targets: int = 9, steps: int = 100, restarts: int = 1) -> Through:
     """Make a targeted attack under choices forced to the target, whose heads have to choose it (papers.md 9.1.5).
 
     Under the mask of class t both the output and the heads that choose the mask are pushed towards t.
 
+    Where a mask comes from a head's two best classes (CIFS), ``place`` steers both: t ``first`` and the best other
+    wrong class second, t ``second`` and the best wrong class first, or t ``behind`` the true class. Then the output is
+    pushed away from the true class, wherever to.
+
     Raises:
-        Unsupported: no selection that names its head.
+        Unsupported: no selection that names its head, or none of rank 2, or no third class to make a pair of.
     """
-    scored = choices(setup, "forced", scored=True)
+    if place != "alone":
+        return _forced_pair(setup, place, targets, steps, restarts)
+    scored = choices(setup, "forced", rank=1)
     weights = torch.zeros(setup.terms)
     weights[0] = 1.0
     for head in scored.values():
@@ -134,6 +173,30 @@ def forced(setup: Setup, *, targets: int = 9, steps: int = 100, restarts: int = 
         weights=weights,
     )
     return Through(inner, pose)
+
+
+def _forced_pair(setup: Setup, place: str, targets: int, steps: int, restarts: int) -> ForcedPair:
+    attack = f"forced(place={place})"
+    heads = set(choices(setup, attack, rank=2).values())
+    if place != "behind" and setup.n_classes < 3:
+        raise Unsupported(f"{attack} needs two wrong classes; the data set has {setup.n_classes} classes")
+    ranks = {k: s.rank for k, s in setup.surface.selections.items() if s.path and s.scores in heads}
+    weights = torch.zeros(setup.terms)
+    weights[0] = 1.0
+    for head in heads:
+        weights[setup.term(head)] = 1.0
+    inner = Apgd(
+        setup,
+        loss="lead_away",
+        heads_loss="top_two",
+        steps=steps,
+        restarts=restarts,
+        rho=0.75,
+        head=next(s.scores for s in setup.surface.selections.values() if s.scores in heads),
+        targets=targets,
+        weights=weights,
+    )
+    return ForcedPair(inner, ranks, place)
 
 
 def knob(

@@ -105,7 +105,7 @@ def surface(model: nn.Module) -> Surface:
     selections = {}
     for i, path in enumerate(paths, start=1):
         selections[f"first{i}"] = Selection(f"{path}.first", scores=f"probe{i}")
-        selections[f"second{i}"] = Selection(f"{path}.second")
+        selections[f"second{i}"] = Selection(f"{path}.second", scores=f"probe{i}", rank=2)
     return Surface(
         heads={f"probe{i}": Head(f"{path}.probe") for i, path in enumerate(paths, start=1)},
         selections=selections,

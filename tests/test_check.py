@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from arena.check import check_defense
+from arena.check import came_again, check_defense, drift
 from arena.errors import ArenaError
 from arena.surface import Head, Knob, Surface
 
@@ -22,6 +22,18 @@ Y = torch.arange(40) % 10
 
 def flags(build, surface=None):
     return {i.name: i for i in check_defense(build, surface or Surface(), X, Y, 10)[1] if i.flag}
+
+
+def test_scores_come_again_exactly_on_the_cpu_and_up_to_rounding_elsewhere():
+    before = torch.tensor([[[0.0, 2.0, 10.0], [5.0, 1.0, 0.0]]])
+    rounded, other = before.clone(), before.clone()
+    rounded[0, 1, 0] += 1e-5
+    other[0, 1, 0] += 1e-3
+    assert came_again(before.clone(), before, drift("cpu"))
+    assert not came_again(rounded, before, drift("cpu"))
+    assert came_again(rounded, before, drift("cuda:0"))
+    assert not came_again(other, before, drift("cuda:0"))
+    assert not came_again(before * torch.nan, before, drift("cuda:0"))
 
 
 def test_an_honest_model_passes():

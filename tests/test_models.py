@@ -253,6 +253,19 @@ def test_a_surface_file_replaces_the_declared_one(tiny_images, arena_home, tmp_p
     assert list(other.surface.heads) == ["second"]
 
 
+def test_a_surface_file_may_name_a_head_that_the_defense_declares(tiny_images, arena_home, tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text('[selections.again]\npath = "block4.out.select"\nscores = "head2"\n')
+    found = planned("fgaa_sat", tiny_images, surface=path)
+    surface = found.declared(found.make())
+    assert surface.selections["again"].scores == "head2"
+    assert set(surface.selections) > {"again"}
+    path.write_text('[selections.again]\nscores = "head3"\n')
+    wrong = planned("fgaa_sat", tiny_images, surface=path)
+    with pytest.raises(ArenaError, match=r"selection 'again': scores 'head3' is no head; did you mean 'head2'\?"):
+        wrong.declared(wrong.make())
+
+
 def test_a_damaged_cache_is_said(tiny_images, arena_home):
     found = planned("rt", tiny_images)
     obtain(found)

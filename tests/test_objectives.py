@@ -16,6 +16,11 @@ from arena.objectives import BUILT_IN, objective
 FIVE = [3.0, 1.0, 2.0, -1.0, 0.0]
 
 
+def aim(name, target, y):
+    """Return the target as the objective takes it: for a pair, before the true class."""
+    return torch.stack((target, y), 1) if name == "top_two" else target
+
+
 def run(name, scores, y, target=None):
     t = None if target is None else torch.tensor([target])
     return objective(name)(torch.tensor([scores]), torch.tensor([y]), t).item()
@@ -37,6 +42,12 @@ def run(name, scores, y, target=None):
         ("lead", FIVE, 3, 0, 0.25),
         ("lead_enough", FIVE, 0, 2, -0.25),
         ("lead_enough", FIVE, 3, 0, 0.1),  # enough
+        ("lead_away", FIVE, 0, None, -0.25),
+        ("lead_away", FIVE, 2, None, 0.25),
+        ("top_two", FIVE, 0, [0, 2], 0.2),  # (3 - 2) / 4 and (2 - 1) / 4, of which a tenth each is enough
+        ("top_two", FIVE, 0, [2, 0], -0.15),  # (2 - 3) / 4 and (3 - 1) / 4
+        ("top_two", FIVE, 0, [2, 4], -0.65),  # (2 - 0) / 4 and (0 - 3) / 4
+        ("top_two", [5.0, 1.0], 0, [1, 0], -0.9),  # two classes: no others
         ("dlr", FIVE, 0, None, -0.5),  # (2 - 3) / (3 - 1)
         ("dlr", FIVE, 2, None, 0.5),  # (3 - 2) / (3 - 1)
         ("dlr", [5.0, 1.0], 0, None, -4.0),  # two classes: the margin
@@ -60,6 +71,7 @@ def test_a_margin_above_zero_is_exactly_a_break_and_every_objective_is_a_row_of_
     broken = scores.argmax(1) != y
     for signed in ("margin", "dlr"):
         assert torch.equal(objective(signed)(scores, y, None) > 0, broken)
+    target = aim(name, target, y)
     whole = objective(name)(scores, y, target)
     assert whole.shape == (5,)
     rows = torch.cat([objective(name)(scores[i : i + 1], y[i : i + 1], target[i : i + 1]) for i in range(5)])
@@ -80,7 +92,9 @@ def test_dlr_ignores_scale_and_shift_of_the_logits(seed, scale, shift, name):
 def test_ascending_moves_towards_the_break():
     scores = torch.tensor([FIVE], requires_grad=True)
     for name in BUILT_IN:
-        (gradient,) = torch.autograd.grad(objective(name)(scores, torch.tensor([0]), torch.tensor([2])).sum(), scores)
+        y = torch.tensor([0])
+        value = objective(name)(scores, y, aim(name, torch.tensor([2]), y))
+        (gradient,) = torch.autograd.grad(value.sum(), scores)
         assert gradient[0, 0] < 0, name  # lower the true class
         assert gradient[0, 2] > 0, name  # raise the rival
 
@@ -88,7 +102,7 @@ def test_ascending_moves_towards_the_break():
 def test_equal_logits_stay_finite():
     scores, y = torch.zeros(1, 5, requires_grad=True), torch.tensor([1])
     for name in BUILT_IN:
-        made = objective(name)(scores, y, torch.tensor([0]))
+        made = objective(name)(scores, y, aim(name, torch.tensor([0]), y))
         (gradient,) = torch.autograd.grad(made.sum(), scores)
         assert made.isfinite().all(), name
         assert gradient.isfinite().all(), name
@@ -101,7 +115,7 @@ def test_scores_are_not_changed_by_looking():
 
 
 def test_targeted_needs_a_target():
-    for name in ("ce_targeted", "margin_targeted", "dlr_targeted"):
+    for name in ("ce_targeted", "margin_targeted", "dlr_targeted", "lead", "top_two"):
         with pytest.raises(ValueError, match="needs a target"):
             run(name, FIVE, 0)
 

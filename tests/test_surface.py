@@ -167,6 +167,25 @@ def test_selection_must_name_a_head():
         Surface(heads={"alc": Head("fc")}, selections={"s": Selection(scores="alx")})
 
 
+def test_a_choice_is_of_the_first_or_the_second_rank():
+    heads = {"alc": Head("fc")}
+    with pytest.raises(ArenaError, match="selection 's': rank 3, expected 1 or 2"):
+        Surface(heads=heads, selections={"s": Selection("choice", scores="alc", rank=3)})
+
+
+def test_a_file_beside_a_declared_surface_may_name_its_heads(tmp_path):
+    file = tmp_path / "s.toml"
+    file.write_text('[selections.s]\npath = "second"\nscores = "alc"\nrank = 2\n')
+    with pytest.raises(ArenaError, match="selection 's': scores 'alc' is no head"):
+        surface_from_toml(file)
+    added = surface_from_toml(file, whole=False)
+    both = Surface(heads={"alc": Head("fc")}).with_more(added)
+    assert type(both) is Surface
+    assert both.selections == {"s": Selection("second", "alc", 2)}
+    with pytest.raises(ArenaError, match=r"selection 's': scores 'alc' is no head; did you mean 'alx'\?"):
+        Surface(heads={"alx": Head("fc")}).with_more(added)
+
+
 def test_description_names_every_part():
     surface = Surface(
         heads={"a": Head("fc")},

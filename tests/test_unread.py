@@ -267,6 +267,63 @@ def test_what_stands_behind_a_dead_layer_is_read():
     assert found(DeadTwice()) == []
 
 
+class Gated(Plain):
+    """A gate that is stuck at 0 or 1 mixes two of many ways; the others are never used."""
+
+    def __init__(self, stuck: float, ways: int = 40) -> None:
+        super().__init__()
+        self.ways = nn.ModuleList([nn.Linear(32, 32) for _ in range(ways)])
+        self.gate = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 1), nn.Sigmoid())
+        nn.init.constant_(self.gate[2].bias, stuck)
+
+    def between(self, f):
+        w = self.gate(f)
+        return w * self.ways[0](f) + (1 - w) * self.ways[-1](f)
+
+
+def test_knobs_under_which_nothing_else_is_used_cost_a_forward_each():
+    torch.manual_seed(0)
+    model, forwards = Branches(), []
+    model.register_forward_pre_hook(lambda *_: forwards.append(len(_[1][0])))
+    surface = Surface(knobs={"use": Knob("", "use", "constant", (0,) * 20)})
+    assert {f.path for f in found(model, surface)} == {"spare", "branches.1", "branches.2"}
+    assert len(forwards) <= 26
+    assert max(forwards[1:]) <= 4
+
+
+def test_what_a_knob_reaches_through_a_function_of_its_own_is_read():
+    class Straight(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight, f):
+            return f + (weight > 0).float()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None, grad
+
+    class Hidden(Branches):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hard = nn.Parameter(torch.randn(32))
+
+        def between(self, f):
+            f = super().between(f)
+            return Straight.apply(self.hard, f) if self.use else f
+
+    torch.manual_seed(0)
+    surface = Surface(knobs={"use": Knob("", "use", "constant", (1,))})
+    assert {f.path for f in found(Hidden(), surface)} == {"spare", "branches.2"}
+
+
+@pytest.mark.parametrize("stuck", [0.0, 300.0, -300.0])
+def test_a_gate_that_is_stuck_costs_few_forwards_and_hides_nothing(stuck):
+    torch.manual_seed(0)
+    model, forwards = Gated(stuck), []
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    assert {f.path for f in found(model)} == {f"ways.{k}" for k in range(1, 39)}
+    assert len(forwards) <= 20
+
+
 @pytest.mark.parametrize("how", ["relu", "detached", "hard"])
 def test_no_gradient_is_not_unread(how):
     torch.manual_seed(0)

@@ -43,14 +43,14 @@ HEADED = Surface(heads={"early": Head("early")})
 
 
 class Rich(nn.Module):
-    """A small smooth network with a head, a mask chosen by it, a gate between two ways, and a knob; random weights."""
+    """A small smooth network with a head, a mask of its two choices, a gate between two ways, a knob; random."""
 
     def __init__(self, shape: tuple[int, int, int], classes: int, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.conv = nn.Conv2d(shape[0], 8, 3, padding=1)
         self.early = nn.Linear(8, classes)
-        self.select = Select()
+        self.select, self.second = Select(), Select()
         self.gate = nn.Sequential(nn.Linear(8, 1), nn.Sigmoid(), nn.Flatten(0))
         self.one, self.two = nn.Linear(8, classes), nn.Linear(8, classes)
         self.tau = 0.5
@@ -60,7 +60,10 @@ class Rich(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.tanh(2 * self.conv(x - 0.5)).mean((2, 3))
-        hidden = hidden * (1 + self.select(self.early(hidden), self.early.weight))
+        scores = self.early(hidden)
+        mask = self.select(scores, self.early.weight)
+        rest = scores.masked_fill(nn.functional.one_hot(scores.argmax(1), scores.shape[1]).bool(), -torch.inf)
+        hidden = hidden * (1 + mask + 0.5 * self.second(rest, self.early.weight))
         w = self.gate(hidden).unsqueeze(1)
         return torch.tanh((w * self.one(hidden) + (1 - w) * self.two(hidden)) / self.tau)
 
@@ -68,7 +71,10 @@ class Rich(nn.Module):
 RICH = Surface(
     heads={"early": Head("early")},
     gates={"gate": Gate("gate")},
-    selections={"mask": Selection("select", scores="early")},
+    selections={
+        "mask": Selection("select", scores="early"),
+        "second": Selection("second", scores="early", rank=2),
+    },
     knobs={"tau": Knob("", "tau", values=(3.0,))},
 )
 

@@ -20,12 +20,15 @@ SHORT = {
     "nes": {"steps": 4, "pairs": 5, "restarts": 2},
     "rays": {"queries": 60},
 }
-#: These need more of a surface than heads.
+#: These need more of a surface than heads. After a comma: another way of the same attack.
 SURROGATE = {
     "gate_pgd": {"steps": 4, "restarts": 2, "b": 2.0, "loss": "margin"},
     "gate_held": {"steps": 4, "restarts": 2, "value": 0.25},
     "relaxed": {"steps": 12, "restarts": 2},
     "forced": {"steps": 9, "targets": 2},
+    "gate_pgd, near": {"steps": 4, "restarts": 2, "start": "rounded", "shrink": 0.5},
+    "gate_held, near": {"steps": 4, "start": "fgsm", "shrink": 0.25},
+    "forced, pair": {"steps": 9, "targets": 2, "place": "behind"},
     "knob": {"steps": 9, "loss": "dlr_targeted", "targets": 2},
     "joint_t": {"steps": 9, "targets": 2, "weights": "order"},
     "steer": {"steps": 9, "targets": 2, "restarts": 2},
@@ -40,7 +43,9 @@ def make(fight, models, name, norm, *, shape=(1, 6, 6), classes=4, eps=None, **k
     rich = name in SURROGATE
     model, surface = (models.rich, models.full) if rich else (models.curved, models.headed)
     keywords = SHORT[name] | keywords
-    return fight(name, model(shape, classes), shape=shape, norm=norm, eps=eps, surface=surface, **keywords)
+    return fight(
+        name.partition(",")[0], model(shape, classes), shape=shape, norm=norm, eps=eps, surface=surface, **keywords
+    )
 
 
 def stepwise(f, rows, stop=None):

@@ -97,7 +97,15 @@ def test_adaptive_sweeps_lambda():
 
 def test_adaptive_holds_gates_and_sweeps_afas_ratios_to_both_ends():
     made = entries("adaptive", Surface(gates={"gate": Gate("g")}))
-    assert [o["value"] for a, o in made if a == "gate_held"] == [0, 0.25, 0.5, 0.75, 1]
+    held = [o for a, o in made if a == "gate_held"]
+    assert [o["value"] for o in held if o["start"] == "ball"] == [0, 0.25, 0.5, 0.75, 1]
+    assert [(o["value"], o["shrink"]) for o in held if o["start"] == "fgsm"] == [
+        (1, 1 / 8),
+        (1, 1 / 4),
+        (1, 1 / 2),
+        (1, 1),
+    ]
+    assert [(o["value"], o["shrink"]) for o in held if o["start"] == "rounded"] == [(1, 1)]
     ratios = [(10, 1), (5, 1), (2, 1), (1, 1), (1, 2), (1, 5), (1, 10)]
     assert [(o["a"], o["b"], o["to"]) for a, o in made if a == "gate_pgd"] == [
         (a, b, to) for to in ("clean", "other") for a, b in ratios
@@ -105,6 +113,9 @@ def test_adaptive_holds_gates_and_sweeps_afas_ratios_to_both_ends():
     assert registry().get("attack", "gate_pgd").spec.standalone
     mask = entries("adaptive", Surface(gates={"mask": Gate("g", shape="element")}))
     assert [o["to"] for a, o in mask if a == "gate_pgd"] == ["clean", "other"]
+    assert {o["start"] for a, o in mask if a == "gate_held"} == {"ball"}
+    turned = entries("adaptive", Surface(gates={"gate": Gate("g", clean=0)}))
+    assert {o["value"] for a, o in turned if a == "gate_held" and o["start"] == "fgsm"} == {0}
 
 
 def test_adaptive_relaxes_choices_and_forces_those_a_head_scores():
@@ -116,6 +127,16 @@ def test_adaptive_relaxes_choices_and_forces_those_a_head_scores():
     assert [o["steps"] for a, o in full if a == "joint_t" and o["weights"] == "first"] == [20, 100]
     foreign = entries("adaptive", Surface(heads=HEADS, selections={"mask": Selection(scores="one")}))
     assert not {"relaxed", "forced"} & set(names(foreign))
+
+
+def test_adaptive_steers_pairs_where_a_choice_takes_its_second_class():
+    pair = {"first": Selection("f", scores="one"), "second": Selection("s", scores="one", rank=2)}
+    made = entries("adaptive", Surface(heads=HEADS, selections=pair))
+    assert [o["place"] for a, o in made if a == "forced"] == ["alone", "first", "second", "behind"]
+    two = entries("adaptive", Surface(heads=HEADS, selections=pair), n_classes=2)
+    assert [o["place"] for a, o in two if a == "forced"] == ["alone", "behind"]
+    alone = entries("adaptive", Surface(heads=HEADS, selections={"second": pair["second"]}))
+    assert [o["place"] for a, o in alone if a == "forced"] == ["first", "second", "behind"]
 
 
 def test_adaptive_turns_each_knob_but_those_that_hold_a_gate():
@@ -156,8 +177,10 @@ def test_all_that_adaptive_names_can_be_made(norm, classes):
     """No attack of the roster refuses the surface it was generated from."""
     threat = Threat.parse(norm, "0.1")
     bare = Surface(knobs={"silent": FULL.knobs["silent"]})  # declared without a value
+    pair = {"first": Selection("f", scores="one"), "second": Selection("s", scores="one", rank=2)}
     for surface in (
         FULL,
+        replace(FULL, selections=pair),
         replace(FULL, random=True),
         Surface(),
         Surface(heads=HEADS),
