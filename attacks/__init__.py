@@ -188,7 +188,7 @@ _ROSTERS = (
         "attacks made for the defense's surface: heads, hard choices, gates, knobs; restarts, other losses",
         "arena_attacks.rosters:adaptive",
         version="3",
-        budget=8000,
+        budget=9000,
         from_surface=True,
     ),
 )
