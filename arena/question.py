@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+#: The protocols, and what a match that names no attacks is played against under each.
+PROTOCOLS = {"standard": ("autoattack", "adaptive"), "paper": ("papers",)}
+
 
 @dataclass(frozen=True)
 class Question:
@@ -28,6 +31,7 @@ class Question:
     checkpoint: Path | None = None
     surface: Path | None = None
     protocol: str = "standard"
+    """``standard``, or ``paper``: a paper's own evaluation replayed (``arena.paper``)."""
     card: str | None = None
 
 

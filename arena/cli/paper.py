@@ -1,0 +1,68 @@
+"""The screen of a result under the protocol ``paper``: its own columns, and never the words robust accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from arena.cli.console import WIDE, cell, clock, count, percent, table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WHAT = "the paper's own protocol: not robust accuracy"
+
+
+def is_paper(record: Mapping[str, Any]) -> bool:
+    """Tell whether a record replays a paper's own evaluation."""
+    return record.get("protocol") == "paper"
+
+
+def brief(record: Mapping[str, Any]) -> str:
+    """Write a result in a few words: how many points a paper's own attacks leave classified correctly."""
+    known = [v for v in record["paper"]["accuracy"].values() if v is not None]
+    if not known:
+        return "the paper's own protocol: nothing was played"
+    return f"{percent(min(known))} to {percent(max(known))} % under the paper's own attacks, not robust accuracy"
+
+
+def draw_attacks(console: Console, record: Mapping[str, Any], spaced: Any) -> None:
+    """Print a row for each attack, then what the paper publishes and what is wrong with its evaluation."""
+    rules = any(a.get("violations") for a in record["attacks"])
+    columns = ["attack", "=status", ">tried", ">correct", ">repaired", ">broken", ">only", ">forw.", ">backw.", ">time"]
+    made = table(*columns, *(["violations"] if rules else []), tight=console.width < WIDE)
+    for a in record["attacks"]:
+        only = a.get("unique_broken")
+        cells = [
+            cell(spaced(a["name"])),
+            cell(a["status"], style="" if a["status"] == "ok" else "yellow"),
+            str(a["attempted"]),
+            percent(a.get("paper_accuracy")),
+            "-" if a.get("repaired") is None else str(a["repaired"]),
+            str(a["broken"]),
+            "-" if only is None else str(only),
+            count(a.get("forwards")),
+            count(a.get("backwards")),
+            clock(a.get("seconds") or 0.0),
+        ]
+        if rules:
+            cells.append(cell(", ".join(f"{n} {kind}" for kind, n in (a.get("violations") or {}).items())))
+        made.add_row(*cells)
+    console.print(made)
+    console.print(
+        cell("correct: % of all n classified correctly where the attack ends; broken, repaired, only: points", "dim")
+    )
+    draw_block(console, record["paper"])
+
+
+def draw_block(console: Console, paper: Mapping[str, Any]) -> None:
+    """Print the lines under the table."""
+    lines = [f"lowest row of {name}: {percent(value)} %" for name, value in (paper.get("sweeps") or {}).items()]
+    if paper.get("published"):
+        where = f" ({paper['published_on']})" if paper.get("published_on") else ""
+        lines.append(f"published{where}: " + ", ".join(f"{k} {v:g} %" for k, v in paper["published"].items()))
+    lines += [f"flaw: {flaw}" for flaw in paper.get("flaws") or ()]
+    if lines:
+        console.print()
+    for line in lines:
+        console.print(cell(line))
