@@ -124,11 +124,8 @@ def _single(
 
     vs = given.pop("vs")
     running = how(given)
-    question = Question(
-        defense,
-        PROTOCOLS[given["protocol"] or "standard"] if vs is None else tuple(split(vs)),
-        **options.chosen(**given),
-    )
+    entries = PROTOCOLS[given["protocol"] or "standard"] if vs is None else tuple(split(vs))
+    question = Question(defense, entries, **options.chosen(**given))
     with open_store() as store:  # a store that cannot be opened is found before an hour of attacks
         record, stored = answer(question, running, installed(), quiet)
         if json_to:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from arena.cli.console import WIDE, cell, clock, count, percent, table
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 WHAT = "the paper's own protocol: not robust accuracy"
+#: The verdict ``not_audited``, in words.
+UNAUDITED = "not audited: the paper's attacks are replayed, not judged"
 
 
 def is_paper(record: Mapping[str, Any]) -> bool:
@@ -26,14 +29,14 @@ def brief(record: Mapping[str, Any]) -> str:
     return f"{percent(min(known))} to {percent(max(known))} % under the paper's own attacks, not robust accuracy"
 
 
-def draw_attacks(console: Console, record: Mapping[str, Any], spaced: Any) -> None:
+def draw_attacks(console: Console, record: Mapping[str, Any], spaced: Callable[[str], str]) -> None:
     """Print a row for each attack, then what the paper publishes and what is wrong with its evaluation."""
     rules = any(a.get("violations") for a in record["attacks"])
     columns = ["attack", "=status", ">tried", ">correct", ">repaired", ">broken", ">only", ">forw.", ">backw.", ">time"]
     made = table(*columns, *(["violations"] if rules else []), tight=console.width < WIDE)
     for a in record["attacks"]:
         only = a.get("unique_broken")
-        cells = [
+        cells: list[str | Text] = [
             cell(spaced(a["name"])),
             cell(a["status"], style="" if a["status"] == "ok" else "yellow"),
             str(a["attempted"]),
@@ -52,11 +55,10 @@ def draw_attacks(console: Console, record: Mapping[str, Any], spaced: Any) -> No
     console.print(
         cell("correct: % of all n classified correctly where the attack ends; broken, repaired, only: points", "dim")
     )
-    draw_block(console, record["paper"])
+    _block(console, record["paper"])
 
 
-def draw_block(console: Console, paper: Mapping[str, Any]) -> None:
-    """Print the lines under the table."""
+def _block(console: Console, paper: Mapping[str, Any]) -> None:
     lines = [f"lowest row of {name}: {percent(value)} %" for name, value in (paper.get("sweeps") or {}).items()]
     if paper.get("published"):
         where = f" ({paper['published_on']})" if paper.get("published_on") else ""

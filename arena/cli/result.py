@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arena.cli.console import WIDE, cell, clock, count, installed, interval, percent, plain, problems, table
-from arena.cli.paper import WHAT, draw_attacks, is_paper
+from arena.cli.paper import UNAUDITED, WHAT, draw_attacks, is_paper
 from arena.question import PROTOCOLS
 
 if TYPE_CHECKING:
@@ -135,9 +135,10 @@ def _headline(console: Console, record: Record, store: Store | None) -> None:
         text = "worst case: none, the match is void"
     else:
         text = f"worst case {percent(worst['robust_accuracy'])} % (95 %: {interval(worst['ci95'])})"
+    said = UNAUDITED if is_paper(record) and verdict == "not_audited" else VERDICTS.get(verdict, verdict)
     shown = [
         cell(f"{text}   natural {_natural(record)}", style="bold"),
-        cell(f"verdict {VERDICTS.get(verdict, verdict)}", style=_STYLES.get(verdict, "")),
+        cell(f"verdict {said}", style=_STYLES.get(verdict, "")),
     ]
     for line in reversed(shown) if verdict == "void" else shown:
         console.print(line)
