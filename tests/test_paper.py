@@ -242,6 +242,12 @@ def test_on_the_screen(hill, capfd, monkeypatch):
     assert "66.7" not in capfd.readouterr().out
 
 
+def test_the_card_that_ships_asks_the_papers_own_question():
+    card = read_card(Path(__file__).parent.parent / "matches" / "papers.toml")
+    assert {(q.protocol, q.vs) for q in card.questions} == {("paper", ("papers",))}
+    assert {"rt", "fgaa_sat"} <= {q.defense for q in card.questions}
+
+
 def test_a_card_may_name_the_protocol(tmp_path, hill, capfd):
     card = tmp_path / "card.toml"
     card.write_text(
@@ -249,7 +255,9 @@ def test_a_card_may_name_the_protocol(tmp_path, hill, capfd):
         'norm = "Linf"\neps = 0.2\n'
     )
     assert run(["match", str(card), "-q"]) == 0
-    assert "66.7 to 66.7 % under the paper's own attacks, not robust accuracy" in capfd.readouterr().out
+    assert "66.7 to 66.7 % (paper's own protocol, not robust accuracy)" in capfd.readouterr().out
+    assert run(["match", str(card), "-q", "--fail-under", "5"]) == 2
+    assert "protocol paper has no worst case" in capfd.readouterr().err
     card.write_text('[match]\ndefense = "rt"\nprotocol = "paper"')
     assert [q.vs for q in read_card(card).questions] == [("papers",)]
     card.write_text('[match]\ndefense = "rt"\nprotocol = "papers"')

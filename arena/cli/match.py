@@ -10,6 +10,7 @@ import click
 
 from arena.cli import options
 from arena.cli.answer import answer, check_destination, judge, write
+from arena.cli.paper import refuse_threshold
 from arena.errors import ArenaError
 from arena.question import PROTOCOLS
 
@@ -96,8 +97,7 @@ def command(
     options.refuse_bare_file(defense)
     if fail_under is not None and math.isnan(fail_under):
         raise ArenaError("--fail-under nan: expected a percentage from 0 to 100")
-    if given["protocol"] == "paper" and fail_under is not None:
-        raise ArenaError("--fail-under: protocol paper has no worst case; leave one of them out")
+    refuse_threshold((given["protocol"],), fail_under)
     given["batch_size"] = _batch_size(given["batch_size"])
     given["audit"] = _audit(given["audit"], given.pop("no_audit"))
     if defense.endswith(".toml"):

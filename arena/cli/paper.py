@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from arena.cli.console import WIDE, cell, clock, count, percent, table
+from arena.errors import ArenaError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,8 +26,18 @@ def brief(record: Mapping[str, Any]) -> str:
     """Write a result in a few words: how many points a paper's own attacks leave classified correctly."""
     known = [v for v in record["paper"]["accuracy"].values() if v is not None]
     if not known:
-        return "the paper's own protocol: nothing was played"
-    return f"{percent(min(known))} to {percent(max(known))} % under the paper's own attacks, not robust accuracy"
+        return "the paper's own protocol, nothing was played"
+    return f"{percent(min(known))} to {percent(max(known))} % (paper's own protocol, not robust accuracy)"
+
+
+def refuse_threshold(protocols: Iterable[str | None], fail_under: float | None) -> None:
+    """Refuse ``--fail-under`` where a match has no worst case.
+
+    Raises:
+        ArenaError: a threshold is given, and one of the protocols is ``paper``.
+    """
+    if fail_under is not None and "paper" in protocols:
+        raise ArenaError("--fail-under: protocol paper has no worst case; leave one of them out")
 
 
 def draw_attacks(console: Console, record: Mapping[str, Any], spaced: Callable[[str], str]) -> None:
