@@ -13,11 +13,11 @@ from arena.audit import LEVELS
 from arena.audit import VERSION as AUDIT_VERSION
 from arena.datasets import Images, describe, open_images
 from arena.errors import ArenaError, unknown
-from arena.lineup import check_entries
+from arena.lineup import check_entries, check_evaluation
 from arena.lineup import describe as describe_entries
 from arena.models import Plan, plan
 from arena.plugins import Registry
-from arena.question import Question, Running
+from arena.question import PROTOCOLS, Question, Running
 from arena.results import (
     SCHEMA,
 )
@@ -60,8 +60,8 @@ def arrange(question: Question, running: Running, registry: Registry) -> Arrange
         raise ArenaError(f"--budget {question.budget}: expected at least 1 pass an example")
     if running.audit not in LEVELS:
         raise unknown("audit", running.audit, LEVELS)
-    if question.protocol != "standard":
-        raise ArenaError(f"protocol '{question.protocol}': not yet; expected standard")
+    if question.protocol not in PROTOCOLS:
+        raise unknown("protocol", question.protocol, PROTOCOLS)
     entries = check_entries(question.vs, registry)
     spec = describe(question.dataset, registry)
     threat = threat_model(spec, question.norm, question.eps)
@@ -82,6 +82,8 @@ def arrange(question: Question, running: Running, registry: Registry) -> Arrange
         surface=question.surface,
         registry=registry,
     )
+    evaluation = evaluation_of(planned)
+    check_evaluation(question.defense, evaluation, entries, registry)
     notes = []
     if isinstance(planned, OwnPlan) and question.checkpoint is None:
         notes.append("no --checkpoint was given: the weights are those that the factory returns")
@@ -94,7 +96,7 @@ def arrange(question: Question, running: Running, registry: Registry) -> Arrange
             "model": [planned.key, *_model_now(planned, running.device)],
             "train_seed": question.train_seed,
             "points": indices_hash(index),
-            "vs": describe_entries(entries, registry),
+            "vs": describe_entries(entries, registry, evaluation),
             "data": images.sha256,
             "norm": threat.norm,
             "eps": str(threat.fraction),
@@ -108,6 +110,11 @@ def arrange(question: Question, running: Running, registry: Registry) -> Arrange
         }
     )
     return Arrangement(question, entries, images, threat, index, planned, key, notes)
+
+
+def evaluation_of(planned: Plan) -> tuple[str, ...]:
+    """Return the attacks of the defense's own evaluation; none for a user's own model."""
+    return () if isinstance(planned, OwnPlan) else planned.defense.spec.evaluation
 
 
 def threat_model(spec: DatasetSpec, norm: str | None, eps: str | None) -> Threat:

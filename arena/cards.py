@@ -7,6 +7,7 @@
     norm = "Linf"
     eps = "8/255"                            # text, or a number
     n = 500
+    protocol = "standard"                    # or "paper", whose default vs is ["papers"]
     seed = 0
     train_seed = 0
     checkpoint = "weights.safetensors"       # paths are relative to the card
@@ -46,7 +47,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from arena.entries import split
 from arena.errors import ArenaError, nearest
-from arena.question import Question, Running
+from arena.question import PROTOCOLS, Question, Running
 
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1)]
@@ -73,6 +74,7 @@ class _Match(_Table):
     checkpoint: Text | None = None
     surface: Text | None = None
     budget: Annotated[int, Field(ge=1)] | None = None
+    protocol: Literal["standard", "paper"] | None = None
 
 
 class _Grid(_Table):
@@ -109,7 +111,6 @@ _AXES = {
     "seeds": "seed",
     "train_seeds": "train_seed",
 }
-DEFAULT_VS = ("autoattack", "adaptive")
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,8 @@ def _expected(where: Sequence[str]) -> str:
         return "expected a whole number of at least 1"
     if key.endswith("seed"):
         return "expected a whole number"
+    if key == "protocol":
+        return f"expected {' or '.join(PROTOCOLS)}"
     if key == "audit":
         return "expected normal, deep or none"
     return "expected true or false" if key in ("replay", "retrain", "matrix") else "expected a text"
@@ -217,7 +220,7 @@ def _expand(path: Path, card: _Card, overrides: dict[str, Any]) -> Card:
     how = {k: overrides.pop(k) for k in [*overrides] if k in Running.__dataclass_fields__}
     base |= overrides
     axes = {k: v for k, v in axes.items() if k not in overrides}
-    vs = base.pop("vs", DEFAULT_VS)
+    vs = base.pop("vs", PROTOCOLS[base.get("protocol", "standard")])
     base["vs"] = tuple(split(vs) if isinstance(vs, str) else (part for text in vs for part in split(text)))
     questions = []
     for values in itertools.product(*axes.values()):

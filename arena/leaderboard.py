@@ -88,8 +88,7 @@ def standings(
     records = store.all(dataset=dataset, norm=norm, eps=eps, n=n)
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in records:
-        if record.get("protocol", "standard") == "standard":
-            groups.setdefault(_key(record), []).append(record)
+        groups.setdefault(_key(record), []).append(record)
     wanted = None if results is None else set(results)
     tables = []
     for key in sorted(groups, key=lambda k: (groups[k][-1]["asked"]["dataset"], k[2], k[3], -k[4], k[:2])):
@@ -108,6 +107,8 @@ def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
 def _table(store: Store, records: list[dict[str, Any]], defense: str | None, wanted: set[str] | None) -> Standings:
     chosen: dict[str, dict[str, Any]] = {}
     for record in records:  # oldest first; of equals the later one counts
+        if record.get("protocol", "standard") != "standard":
+            continue  # a paper's own evaluation has no place here, its breaks do
         held = chosen.get(record["model"]["id"])
         if held is None or _weight(record, wanted) >= _weight(held, wanted):
             chosen[record["model"]["id"]] = record

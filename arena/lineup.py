@@ -102,10 +102,31 @@ def _attack(name: str, given: Mapping[str, Value], registry: Registry) -> Planne
     return Planned(canonical(name, chosen(found.spec.options, options)), found, options)
 
 
+def check_evaluation(defense: str, evaluation: tuple[str, ...], entries: tuple[str, ...], registry: Registry) -> None:
+    """Check, before anything is trained, the attacks that a roster takes from the defense's own evaluation.
+
+    Raises:
+        ArenaError: the defense declares none, or one that is no attack.
+    """
+    for name in entries:
+        if registry.has("roster", name) and registry.get("roster", name).spec.from_evaluation:
+            if not evaluation:
+                raise ArenaError(
+                    f"roster '{name}': '{defense}' declares no evaluation of its own; name attacks in --vs"
+                )
+            for entry in evaluation:
+                _attack(*parse(entry), registry)
+
+
 def line_up(
-    entries: tuple[str, ...], registry: Registry, surface: Surface, threat: Threat, n_classes: int
+    entries: tuple[str, ...],
+    registry: Registry,
+    surface: Surface,
+    threat: Threat,
+    n_classes: int,
+    evaluation: tuple[str, ...] = (),
 ) -> list[Group]:
-    """Expand entries for one defense.
+    """Expand entries for one defense; ``evaluation`` is what it declares as its own (``DefenseSpec.evaluation``).
 
     Raises:
         ArenaError: as ``check_entries``; or a roster that cannot be played under this threat model.
@@ -117,7 +138,8 @@ def line_up(
             groups.append(Group(entry, None, (_attack(name, given, registry),)))
             continue
         roster = registry.get("roster", name)
-        attacks: dict[str, Planned] = {}
+        own = evaluation if roster.spec.from_evaluation else ()
+        attacks = {planned.name: planned for planned in (_attack(*parse(e), registry) for e in own)}
         for attack, options in expand(roster.spec, surface, threat, n_classes):
             planned = _attack(attack, options, registry)
             attacks.setdefault(planned.name, planned)
@@ -137,14 +159,19 @@ def line_up(
     return groups
 
 
-def describe(entries: tuple[str, ...], registry: Registry) -> list[list[str]]:
-    """Return what a question's key holds of its entries: canonical names, and the versions of what they come from."""
+def describe(entries: tuple[str, ...], registry: Registry, evaluation: tuple[str, ...] = ()) -> list[list[str]]:
+    """Return what a question's key holds of its entries: canonical names, and the versions of what they come from.
+
+    ``evaluation`` as in ``line_up``: a roster made of it is another one when it changes.
+    """
     rows = []
     for entry in entries:
         name, given = parse(entry)
         if registry.has("roster", name):
             roster = registry.get("roster", name)
             rows.append([entry, roster.origin, roster.spec.version])
+            if roster.spec.from_evaluation:
+                rows += describe(evaluation, registry)
             if roster.spec.from_surface:
                 rows += [
                     [entry, p.distribution, p.version] for p in registry.plugins if "arena_adaptive_attacks" in p.hooks

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arena.arrangement import Arrangement, indices_hash, threat_model
+from arena.arrangement import Arrangement, evaluation_of, indices_hash
 from arena.attack import Setup, Unsupported, bound
 from arena.audit import statuses, verdict
 from arena.auditing.observing import Observed
@@ -21,13 +21,13 @@ from arena.auditing.run import audit_match
 from arena.budget import cost, within
 from arena.check import PROBE, came_again, changed_parts, check_defense, drift, state_hash
 from arena.contender import Contender, seeded
-from arena.datasets import describe, to_float
+from arena.datasets import to_float
 from arena.diagnosis import diagnose
 from arena.engine import Outcome, run_iterated, run_plain
-from arena.errors import ArenaError
 from arena.journal import AttackKeeper, Journal
+from arena.lending import lend
 from arena.lineup import Group, Planned, line_up
-from arena.models import plan
+from arena.paper import as_paper, paper_row
 from arena.plugins import Registry
 from arena.question import Running
 from arena.referee import DRAWS, Judgement, Referee
@@ -48,7 +48,6 @@ from arena.specs import Indicator, load, text
 from arena.store import Outcomes, new_id
 from arena.target import DEFAULT_BATCH, Target
 from arena.trained import near_chance
-from arena.usermodels import OwnPlan
 from arena.watch import Watch
 
 
@@ -78,6 +77,8 @@ class Playing:
         """Width of the logits, known after the check; at least the data set's classes."""
         self.examples: dict[int, Tensor] = {}
         """The first verified break of each point, by position."""
+        self.paper = arranged.question.protocol == "paper"
+        """All attacks meet all points, and what counts is where they end (``arena.paper``)."""
 
     def build(self) -> torch.nn.Module:
         return self.contender.build().to(self.running.device)
@@ -102,7 +103,8 @@ class Playing:
         self.n_classes, findings = check_defense(self.build, self.surface, self.x, self.y, images.n_classes)
         self.correct = (self.referee.score(self.x, self.y, self.index).predicted == self.y).cpu()
         natural, interval = share(self.correct)
-        groups = line_up(arranged.entries, self.registry, self.surface, arranged.threat, self.n_classes)
+        own = evaluation_of(arranged.plan)
+        groups = line_up(arranged.entries, self.registry, self.surface, arranged.threat, self.n_classes, own)
         groups = [within(group, arranged.question.budget, self._cost) for group in groups]
         for group in groups:
             if group.left_out:
@@ -116,7 +118,7 @@ class Playing:
             for group in groups:
                 for played in self._play_group(group, findings):
                     rows.append((group, played))
-                    row = attack_row(played, self.correct)
+                    row = self._row(played)
                     self.watch.row(row)
                     self.registry.announce(
                         "arena_attack_finished", record=copy.deepcopy(record), attack=copy.deepcopy(row)
@@ -131,6 +133,7 @@ class Playing:
             if any(i.flag and i.fatal for i in findings):
                 return
             met = self.correct if planned.standalone or self.running.matrix else standing
+            met = torch.ones_like(met) if self.paper else met
             played = self._play(group, number, planned, met.clone(), findings)
             if not planned.standalone:
                 standing &= ~played.broken
@@ -143,6 +146,7 @@ class Playing:
         played = Played(
             planned, group.name, group.name if group.roster else None, "ok", met, nothing, nothing.clone(), met
         )
+        played.right = self.correct.clone()
         if planned.spec.spec.norms and self.arranged.threat.norm not in planned.spec.spec.norms:
             played.status = "unsupported"
             played.error = f"works under {', '.join(planned.spec.spec.norms)}, not {self.arranged.threat.norm}"
@@ -209,6 +213,7 @@ class Playing:
             options,
             keeper,
             lambda _, done: self.watch.advance(done),
+            spec.chunk,
         )
 
     def _setup(self, stream: Stream, lend: Callable[[str], None]) -> Setup:
@@ -223,48 +228,30 @@ class Playing:
         return cost(planned, self._setup(stream, lambda name: None), self._draws())
 
     def _lend(self, name: str) -> None:
-        """Put another defense's model, trained as this match's question says, at the target's disposal."""
-        if name in self.target.sources:
-            return
-        question, images = self.arranged.question, self.arranged.images
-        spec = describe(question.dataset, self.registry)
-        try:
-            planned = plan(
-                name,
-                dataset=question.dataset,
-                images=images,
-                backbone=None if isinstance(self.arranged.plan, OwnPlan) else question.backbone,
-                train_seed=question.train_seed,
-                threat=threat_model(spec, question.train_norm, question.train_eps),
-                checkpoint=None,
-                surface=None,
-                registry=self.registry,
-            )
-            if isinstance(planned, OwnPlan):
-                raise Unsupported(f"'{name}': expected a registered defense")
-            other = planned.obtain(train=spec.cpu, retrain=False, device=self.running.device, watch=self.watch)
-        except ArenaError as error:
-            raise Unsupported(str(error)) from None
-        self.target.sources[name] = other.build().to(self.running.device)
+        """Put another defense's model at the target's disposal."""
+        if name not in self.target.sources:
+            self.target.sources[name] = lend(name, self.arranged, self.registry, self.running.device, self.watch)
 
     def _enter(self, played: Played, rows: Tensor, outcome: Outcome, verdict: Judgement) -> None:
         """Write the referee's word into the row; verified breaks always count."""
-        broken = verdict.broken.cpu()
+        wrong = verdict.broken.cpu()
+        broken = wrong & self.correct[rows]  # a point misclassified without an attack is broken by none
         # A random model may let a point leave early at lucky draws: without the majority's word it was not attempted.
         early = outcome.forwards.cpu() < outcome.most
-        unlucky = early & ~broken & self.surface.random
+        unlucky = early & ~wrong & self.surface.random
         lucky = int(unlucky.sum())
         played.attempted[rows] = outcome.attempted.cpu() & ~unlucky
         played.broken[rows] = broken
+        played.right[rows] = verdict.valid.cpu() & ~wrong
         played.nonfinite = verdict.nonfinite
         if not self.surface.random:
-            played.silent = int((outcome.seen & ~broken).sum())
+            played.silent = int((outcome.seen & self.correct[rows] & ~broken).sum())
         played.forwards, played.backwards = int(outcome.forwards.sum()), int(outcome.backwards.sum())
         played.borderline = verdict.borderline
         played.violations = dict(verdict.violations)
         for kind, count in (outcome.malformed or {}).items():
             played.violations[kind] = played.violations.get(kind, 0) + count
-        false_claims = int(((outcome.claim.cpu() == 1) & ~broken & (verdict.margin.cpu().abs() >= 1e-4)).sum())
+        false_claims = int(((outcome.claim.cpu() == 1) & ~wrong & (verdict.margin.cpu().abs() >= 1e-4)).sum())
         if false_claims:
             played.violations["false_claim"] = false_claims
         for k in broken.nonzero().squeeze(1).tolist():
@@ -306,6 +293,10 @@ class Playing:
                 )
             )
         self._search_copy()
+
+    def _row(self, played: Played, unique: int | None = None) -> dict[str, Any]:
+        row = attack_row(played, self.correct, unique)
+        return paper_row(row, played, self.correct) if self.paper else row
 
     # -- the record ---------------------------------------------------------------------------------------------
 
@@ -359,8 +350,8 @@ class Playing:
         findings: list[Indicator],
     ) -> tuple[dict[str, Any], Outcomes]:
         rows = [p for _, p in played]
-        unique: list[int | None] = [*unique_breaks(rows)] if self.running.matrix else [None] * len(rows)
-        record["attacks"] = [attack_row(p, self.correct, u) for p, u in zip(rows, unique, strict=True)]
+        unique: list[int | None] = [*unique_breaks(rows)] if self.running.matrix or self.paper else [None] * len(rows)
+        record["attacks"] = [self._row(p, u) for p, u in zip(rows, unique, strict=True)]
         record["rosters"] = [roster_row(g, [p for h, p in played if h is g], self.correct) for g in groups]
         record["sweeps"] = sweep_rows(rows, self.correct)
         worst, standing = worst_case(rows, self.correct)
@@ -371,7 +362,9 @@ class Playing:
         record["diagnosis"] = self._diagnosis(findings, x_adv)
         problems = [f"{g.name}: {problem}" for g in groups for problem in g.problems]
         indicators = [*findings, *statuses(record, problems)]
-        audited = audit_match(self, record, rows, indicators, standing)
+        if self.paper:
+            indicators += as_paper(record, rows, groups, self.arranged.plan)
+        audited = None if self.paper else audit_match(self, record, rows, indicators, standing)
         indicators += audited.indicators if audited else ()
         record["audit"] = {
             "verdict": verdict(indicators, audited is not None),

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+#: The protocols, and what a match that names no attacks is played against under each.
+PROTOCOLS = {"standard": ("autoattack", "adaptive"), "paper": ("papers",)}
+
 
 @dataclass(frozen=True)
 class Question:
@@ -30,6 +33,7 @@ class Question:
     budget: int | None = None
     """Most passes (forwards and backwards) a roster may cost an example; None: what the roster says."""
     protocol: str = "standard"
+    """``standard``, or ``paper``: a paper's own evaluation replayed (``arena.paper``)."""
     card: str | None = None
 
 

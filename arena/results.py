@@ -54,6 +54,8 @@ class Played:
     """Points at which the model's logits were not finite; they count as broken."""
     silent: int = 0
     """Points that it saw broken and handed over unbroken."""
+    right: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    """(n,) bool: what it handed over is classified correctly; of a point it was not given, the image."""
     error: str = ""
     trace: str = ""
     """Traceback of a crash."""

@@ -152,6 +152,8 @@ class AttackSpec:
     """Never cascaded: always starts from all naturally correct points (rows of a sweep)."""
     sweep: str = ""
     """Name under which rows of this attack are also reported as one per-example minimum."""
+    chunk: int = 128
+    """Rows a plain attack gets at once; it matters to attacks whose rows share a loss."""
 
 
 #: One line of a roster: an attack's name and its options.
@@ -173,6 +175,8 @@ class RosterSpec:
     that do not fit are left out and named."""
     from_surface: bool = False
     """The list depends on the surface; entries of plugins' ``arena_adaptive_attacks`` hook are added to it."""
+    from_evaluation: bool = False
+    """The list is the defense's own ``DefenseSpec.evaluation``, before what ``expand`` returns."""
 
 
 @dataclass(frozen=True)
@@ -289,6 +293,10 @@ class DefenseSpec:
     """Published percentages by column, for display only."""
     published_on: str = ""
     """Data set and backbone of the published percentages, and whose paper prints them."""
+    evaluation: tuple[str, ...] = ()
+    """The attacks of the paper that prints them, ``"paper_pgd(steps=20)"``: the roster ``papers`` of this defense."""
+    evaluation_flaws: tuple[str, ...] = ()
+    """What is wrong with that evaluation, or other than there; a few words each."""
 
     @property
     def recipe_name(self) -> str:

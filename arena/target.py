@@ -78,6 +78,24 @@ class Target:
         self.meter = before
         return answer.logits if answer.scores is None else answer.scores[:, 0]
 
+    def read(self, x: Tensor) -> Reading:
+        """Return logits, heads and gates of images (N, C, H, W), with gradient, for plain attacks that climb heads.
+
+        One pass, counted as one of ``module``; a gradient call counts once, however many of the scores it comes from.
+        """
+        self.module.note(x)
+        count = len(x)
+        self.meter.forwards += count
+        seen = x.float().view_as(x)
+        if seen.requires_grad:
+            seen.register_hook(lambda _grad: self._counted(count))
+        reading = self._reader(pad(seen))
+        heads = {name: scores[:count] for name, scores in reading.heads.items()}
+        return Reading(reading.logits[:count], heads, {name: gate[:count] for name, gate in reading.gates.items()})
+
+    def _counted(self, count: int) -> None:
+        self.meter.backwards += count
+
     def answer(self, query: Query, y: Tensor) -> Answer:
         """Make the passes a query asks for.
 
@@ -265,10 +283,14 @@ class CountedModule(nn.Module):
         self.moved = False
         self._clean = {row.tobytes() for row in x.detach().cpu().numpy()}
 
-    def forward(self, x: Tensor, *_: Any) -> Tensor:
-        target: Target = self._target  # type: ignore[assignment]
+    def note(self, x: Tensor) -> None:
+        """Note whether a query (N, C, H, W) differs from every clean image."""
         if not self.moved:
             self.moved = any(row.tobytes() not in self._clean for row in x.detach().float().cpu().numpy())
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        target: Target = self._target  # type: ignore[assignment]
+        self.note(x)
         count = x.shape[0]
         target.meter.forwards += count
         out: Tensor = target.model(pad(x.float()))[:count]

@@ -268,7 +268,7 @@ def _score(
     refuted = int(standing_claim.sum()) - borderline
     natural, robust, interval = share(correct)[0] if len(correct) else 0.0, None, None
     if claim.record is not None:
-        robust, interval = share(standing)
+        robust, interval = share(standing) if claim.record.get("protocol") != "paper" else (None, None)
         lines += _differences(claim.record, natural, robust, interval, len(rows), borderline)
     if not bool(right.all()):
         lines.append(f"{int((~right).sum())} of {len(rows)} examples are of points misclassified without an attack")
@@ -294,19 +294,31 @@ def _score(
 
 
 def _differences(
-    record: dict[str, Any], natural: float, robust: float, interval: list[float], kept: int, borderline: int
+    record: dict[str, Any],
+    natural: float,
+    robust: float | None,
+    interval: list[float] | None,
+    kept: int,
+    borderline: int,
 ) -> list[str]:
-    """Compare what a record says with what its examples show, and with the stored record of the same id."""
+    """Compare what a record says with what its examples show, and with the stored record of the same id.
+
+    ``robust`` is None for a paper's own evaluation, which says none.
+    """
     n, worst = record["asked"]["n"], record["worst_case"]
     slack = 100.0 * borderline / n + 1e-9
     found = []
+    low, high = interval or (None, None)
     for name, said, seen in (
         ("natural accuracy", record["natural"]["accuracy"], natural),
         ("worst case", worst["robust_accuracy"], robust),
-        ("worst case's lower end", (worst["ci95"] or [None])[0], interval[0]),
-        ("worst case's upper end", (worst["ci95"] or [None, None])[1], interval[1]),
+        ("worst case's lower end", (worst["ci95"] or [None])[0], low),
+        ("worst case's upper end", (worst["ci95"] or [None, None])[1], high),
     ):
-        if said is None:
+        if seen is None:
+            if said is not None:
+                found.append(f"{name}: the result says {said:.2f} %, a paper's own evaluation has none")
+        elif said is None:
             if kept:
                 found.append(f"{name}: the result says none, the referee finds {seen:.2f} %")
         elif abs(said - seen) > slack:
@@ -314,7 +326,7 @@ def _differences(
     if sum(worst["broken_by"].values()) != kept:
         found.append(f"broken_by names {sum(worst['broken_by'].values())} points, {kept} examples are kept")
     for row in record["rosters"]:
-        if row["robust_accuracy"] is not None and row["robust_accuracy"] < robust - slack:
+        if robust is not None and row["robust_accuracy"] is not None and row["robust_accuracy"] < robust - slack:
             found.append(f"entry {row['name']}: {row['robust_accuracy']:.2f} % is below the worst case")
     try:
         stored = open_store().get(record["id"])

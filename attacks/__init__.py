@@ -8,6 +8,7 @@ from fractions import Fraction
 from arena.hookspecs import hookimpl
 from arena.specs import AttackSpec, Option, RosterSpec
 
+from .catalog_papers import PAPERS
 from .catalog_surface import CHOICES, GATES, JOINT, SOURCES
 from .options import BOTH, HEAD, TARGETS, loss, restarts, step, steps
 
@@ -191,10 +192,16 @@ _ROSTERS = (
         budget=9000,
         from_surface=True,
     ),
+    RosterSpec(
+        "papers",
+        "the defense's own evaluation, as its paper ran it; meant for --protocol paper",
+        "arena_attacks.rosters:papers",
+        from_evaluation=True,
+    ),
 )
 
 
 @hookimpl
 def arena_register_attacks() -> list[AttackSpec | RosterSpec]:
     """Return the built-in attacks and rosters."""
-    return [*_PGD, *_APGD, *GATES, *CHOICES, *JOINT, *SOURCES, _FAB, _SQUARE, *_BLACKBOX, *_FOREIGN, *_ROSTERS]
+    return [*_PGD, *_APGD, *GATES, *CHOICES, *JOINT, *SOURCES, _FAB, _SQUARE, *_BLACKBOX, *PAPERS, *_FOREIGN, *_ROSTERS]

@@ -1,4 +1,4 @@
-"""Built-in rosters: autoattack, adaptive. Functions (surface, threat, n_classes) -> [(attack, options)]."""
+"""Built-in rosters: autoattack, adaptive, papers. Functions (surface, threat, n_classes) -> [(attack, options)]."""
 
 from __future__ import annotations
 
@@ -87,6 +87,11 @@ def adaptive(surface: Surface, threat: Threat, n_classes: int) -> list[Entry]:
     entries += [("apgd_ce", {"head": head, "steps": 50}) for head in heads]
     entries += [("apgd_t", {"head": head, **short}) for head in heads[1:]]
     return entries
+
+
+def papers(surface: Surface, threat: Threat, n_classes: int) -> list[Entry]:
+    """Return nothing beyond the defense's own evaluation (``arena.specs.DefenseSpec.evaluation``)."""
+    return []
 
 
 def _random(surface: Surface, targets: int) -> list[Entry]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from arena.specs import DefenseSpec, Exposed, Option, Preset
 
+from .evaluations import afa
 from .presets import DIGITS, presets
 
 _K = Option(
@@ -47,6 +48,8 @@ def _afa(recipe: str, base: str, published: dict[str, float], **more: Option) ->
         presets=presets(_AFA, digits=_AFA_DIGITS, svhn=_AFA_SVHN),
         published=published,
         published_on="CIFAR-10, WRN-28-10",
+        evaluation=afa(gates=True).entries,
+        evaluation_flaws=afa(gates=True).flaws,
     )
 
 
@@ -85,4 +88,6 @@ def defenses() -> Iterable[DefenseSpec]:
         },
         apply="arena_defenses.oat:apply",
         presets=presets(_OAT, digits=_OAT_DIGITS, svhn=replace(_OAT, augment="none")),
+        evaluation=afa(gates=False).entries,  # as AFA's comparator; it has no gate
+        evaluation_flaws=afa(gates=False).flaws,
     )

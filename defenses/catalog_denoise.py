@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from arena.specs import DefenseSpec, Option, Preset
 
+from .evaluations import DEEP, FSR, Evaluation
 from .presets import PLAIN, presets
 
 _KIND = Option("gaussian", "weights: gaussian (softmax) or dot (product over positions)", ("gaussian", "dot"))
@@ -21,6 +22,7 @@ def _denoise(
     settings: Mapping[str, Preset],
     published: Mapping[str, float],
     on: str,
+    evaluation: Evaluation,
 ) -> DefenseSpec:
     module, _, twin = name.partition("_")
     return DefenseSpec(
@@ -35,6 +37,8 @@ def _denoise(
         presets=settings,
         published=published,
         published_on=on,
+        evaluation=evaluation.entries,
+        evaluation_flaws=evaluation.flaws,
     )
 
 
@@ -56,6 +60,7 @@ def defenses() -> Iterable[DefenseSpec]:
             "autoattack": 44.57,
         },
         "CIFAR-10, ResNet-18, in FSR's paper",
+        FSR,
     )
     yield _denoise(
         "denoise_rt",
@@ -68,4 +73,5 @@ def defenses() -> Iterable[DefenseSpec]:
         presets(PLAIN["rt"]),
         {"apgd": 43.03, "apgd_t": 29.34, "square": 28.20, "fgsm": 62.57, "pgd": 16.55},
         "CIFAR-10, DeepDefense's CNN, in its paper, on points that all its models classify rightly; eps not stated",
+        DEEP,
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from arena.specs import DefenseSpec, Exposed, Option, Preset
 
+from .evaluations import FSR
 from .presets import presets
 
 _CIFAR = Preset(100, lr=0.1, weight_decay=5e-4, milestones=(75, 90), augment="crop_flip")
@@ -63,6 +64,8 @@ def _fsr(recipe: str, training: str, more: Mapping[str, Option]) -> DefenseSpec:
         presets=presets(_CIFAR, svhn=_SVHN),
         published=dict(zip(_COLUMNS, _PUBLISHED[recipe], strict=True)),
         published_on="CIFAR-10, ResNet-18",
+        evaluation=FSR.entries,
+        evaluation_flaws=FSR.flaws,
     )
 
 

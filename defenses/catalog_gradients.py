@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from arena.specs import DefenseSpec, Option, Preset
 
+from .evaluations import DEEP
 from .presets import presets
 
 _PAPER = "DeepDefense: gradient-feature alignment"
@@ -53,6 +54,8 @@ def _made(
         presets=presets(_CIFAR, digits=digits),
         published=published,
         published_on=_ON if published else "",
+        evaluation=DEEP.entries,
+        evaluation_flaws=DEEP.flaws,
     )
 
 
@@ -118,4 +121,6 @@ def defenses() -> Iterable[DefenseSpec]:
         presets=presets(_CIFAR, digits=_DIGITS),
         published={"apgd": 42.52, "apgd_t": 28.04, "square": 27.90, "fgsm": 53.17, "pgd": 24.62, "fab": 97.10},
         published_on=_ON,
+        evaluation=DEEP.entries,
+        evaluation_flaws=DEEP.flaws,
     )

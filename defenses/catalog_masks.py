@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from arena.specs import DefenseSpec, Exposed, Option, Preset
 
+from .evaluations import FSR, Evaluation, ewas, fgaa
 from .presets import presets
 
 _CROPS = "crop_flip"
@@ -90,6 +91,8 @@ class _Module:
     exposes: Exposed
     on: str
     """Where the published numbers are from."""
+    evaluation: Evaluation
+    """Of that paper."""
 
 
 def _masks(n: int) -> Exposed:
@@ -107,6 +110,7 @@ _FGAA = _Module(
     "masks:surface",
     _masks(2),
     _ON,
+    fgaa(averaged=True),
 )
 _EWAS = _Module(
     "ewas",
@@ -116,6 +120,7 @@ _EWAS = _Module(
     "masks:surface",
     _masks(1),
     f"{_ON}; its AutoAttack is APGD and Square only",
+    ewas(),
 )
 _CAS = _Module(
     "cas",
@@ -125,6 +130,7 @@ _CAS = _Module(
     "masks:surface",
     _masks(2),
     _IN_FGAA,
+    fgaa(),
 )
 _SAA = _Module(
     "saa",
@@ -134,6 +140,7 @@ _SAA = _Module(
     "masks:surface",
     _masks(2),
     _IN_FGAA,
+    fgaa(),
 )
 _CSAA = _Module(
     "csaa",
@@ -143,6 +150,7 @@ _CSAA = _Module(
     "masks:surface",
     _masks(4),
     _IN_FGAA,
+    fgaa(),
 )
 _CIFS = _Module(
     "cifs",
@@ -156,6 +164,7 @@ _CIFS = _Module(
         knobs=("detach1", "detach2"),
     ),
     f"{_ON}, in FSR's paper",
+    FSR,
 )
 _TRAINED = {
     "rt": "trained on natural images",
@@ -190,6 +199,8 @@ def _spec(
         presets=settings,
         published=published,
         published_on=module.on if published else "",
+        evaluation=module.evaluation.entries,
+        evaluation_flaws=module.evaluation.flaws,
     )
 
 

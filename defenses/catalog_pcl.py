@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from arena.specs import DefenseSpec, Exposed, Option, Preset
 
+from .evaluations import ewas
 from .presets import presets
 
 #: Long and slow in the original, which starts from a trained network; batch, decay and weight decay are arena's choice.
@@ -25,6 +26,7 @@ def _contrast(default: float) -> Option:
 def defenses() -> Iterable[DefenseSpec]:
     """Return PCL on natural and on PGD images."""
     paper = "Mustafa et al., Adversarial Defense by Restricting the Hidden Space of Deep Neural Networks, ICCV 2019"
+    evaluation = ewas(lam="0", masks=False)  # as EWAS evaluates it: the main logits alone
     yield DefenseSpec(
         "pcl_rt",
         "class centers at two depths pull features and push others away, trained on natural images",
@@ -39,6 +41,8 @@ def defenses() -> Iterable[DefenseSpec]:
         presets=presets(_RT, digits=_DIGITS_RT),
         published={"natural": 88.15, "fgsm": 46.47, "pgd20": 24.68, "cw_linf": 37.50},
         published_on="CIFAR-10, ResNet-18, in EWAS's paper",
+        evaluation=evaluation.entries,
+        evaluation_flaws=evaluation.flaws,
     )
     yield DefenseSpec(
         "pcl_sat",
@@ -59,4 +63,6 @@ def defenses() -> Iterable[DefenseSpec]:
             ),
         },
         presets=presets(_SAT, digits=_DIGITS_SAT),
+        evaluation=evaluation.entries,
+        evaluation_flaws=evaluation.flaws,
     )

@@ -6,7 +6,11 @@ from collections.abc import Iterable
 
 from arena.specs import DefenseSpec, Option
 
+from .evaluations import fgaa
 from .presets import PLAIN, presets
+
+#: No numbers of their own are published here: the evaluation is that of FGAA's tables, where they are the baselines.
+_EVALUATION = fgaa(lam=0, masks=False)
 
 
 def _bare(name: str, summary: str, paper: str, **options: Option) -> DefenseSpec:
@@ -18,6 +22,8 @@ def _bare(name: str, summary: str, paper: str, **options: Option) -> DefenseSpec
         paper=paper,
         options=options,
         presets=presets(PLAIN[name]),
+        evaluation=_EVALUATION.entries,
+        evaluation_flaws=_EVALUATION.flaws,
     )
 
 

@@ -6,9 +6,12 @@ from collections.abc import Iterable
 
 from arena.specs import DefenseSpec, Exposed, Option, Preset
 
+from .evaluations import ewas
+
 
 def defenses() -> Iterable[DefenseSpec]:
     """Return SAP on an adversarially trained model."""
+    evaluation = ewas(lam="0", masks=False)
     yield DefenseSpec(
         "sap_sat",
         "random pruning behind every ReLU at test time, on the weights of sat",
@@ -27,4 +30,6 @@ def defenses() -> Iterable[DefenseSpec]:
         presets={"digits": Preset(0), "*": Preset(0)},
         published={"natural": 79.13, "fgsm": 59.04, "pgd20": 46.35, "cw_linf": 46.65},
         published_on="CIFAR-10, ResNet-18, in EWAS's paper",
+        evaluation=evaluation.entries,
+        evaluation_flaws=(*evaluation.flaws, "each gradient is one draw of a random model"),
     )

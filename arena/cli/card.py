@@ -21,6 +21,7 @@ def play_card(
     from arena.cards import name_question, read_card
     from arena.cli.console import cell, installed, interval, out, percent
     from arena.cli.leaderboard import draw
+    from arena.cli.paper import brief, is_paper, refuse_threshold
     from arena.entries import split
     from arena.errors import ArenaError
     from arena.leaderboard import standings
@@ -34,6 +35,7 @@ def play_card(
     if not path.exists():
         raise ArenaError(f"card {path}: no such file")
     card = read_card(path, overrides)
+    refuse_threshold((q.protocol for q in card.questions), fail_under)
     console = out()
     records: list[dict[str, Any]] = []
     worst = 0
@@ -52,6 +54,7 @@ def play_card(
             if json_to != "-":
                 value = record["worst_case"]
                 text = f"{name}: worst case {percent(value['robust_accuracy'])} % ({interval(value['ci95'])})"
+                text = f"{name}: {brief(record)}" if is_paper(record) else text
                 text += f", natural {percent(record['natural']['accuracy'])} %, result {record['id']}"
                 console.print(cell(text + (" (stored)" if stored else "")), soft_wrap=True)
             worst = max(worst, judge(record, fail_under, fail_on))

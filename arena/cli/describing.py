@@ -44,7 +44,9 @@ def _facts(kind: str, spec: Any) -> list[str]:
         return [f"slots for modules: {', '.join(spec.slots)}"]
     if kind == "roster":
         return [
-            f"version {spec.version}" + ("; the list depends on the defense's surface" if spec.from_surface else "")
+            f"version {spec.version}"
+            + ("; the list depends on the defense's surface" if spec.from_surface else "")
+            + ("; the list is the defense's own evaluation" if spec.from_evaluation else "")
         ]
     lines = [f"module: {spec.module or 'none'}; recipe: {spec.recipe_name}", *_surface(spec.exposed)]
     if spec.presets:
@@ -54,6 +56,8 @@ def _facts(kind: str, spec: Any) -> list[str]:
     if spec.published:
         where = f" ({spec.published_on})" if spec.published_on else ""
         lines.append(f"published{where}: " + ", ".join(f"{k} {v:g} %" for k, v in spec.published.items()))
+    if spec.evaluation:
+        lines.append(f"its paper's evaluation (--protocol paper): {', '.join(spec.evaluation)}")
     return lines
 
 
@@ -102,7 +106,7 @@ def example(kind: str, name: str, declared: dict[str, Option]) -> str:
     return {
         "defense": f"arena match {text} --vs autoattack,adaptive",
         "attack": f"arena match fgaa_sat --vs {text}",
-        "roster": f"arena match fgaa_sat --vs {name}",
+        "roster": f"arena match fgaa_sat --vs {name}" + (" --protocol paper" if name == "papers" else ""),
         "dataset": f"arena match fgaa_sat --dataset {name}",
         "backbone": f"arena match fgaa_sat --backbone {text}",
     }[kind]

@@ -10,17 +10,27 @@ import click
 
 from arena.cli import options
 from arena.cli.answer import answer, check_destination, judge, write
+from arena.cli.paper import refuse_threshold
 from arena.errors import ArenaError
+from arena.question import PROTOCOLS
 
 if TYPE_CHECKING:
     from arena.question import Running
 
-VS = "autoattack,adaptive"
-
 
 @click.command("match")
 @click.argument("defense", metavar="DEFENSE|CARD.toml")
-@click.option("--vs", metavar="ENTRY[,ENTRY...]", help=f"Attacks and rosters.  [default: {VS}]")
+@click.option(
+    "--vs",
+    metavar="ENTRY[,ENTRY...]",
+    help=f"Attacks and rosters.  [default: {','.join(PROTOCOLS['standard'])}; protocol paper: papers]",
+)
+@click.option(
+    "--protocol",
+    type=click.Choice(tuple(PROTOCOLS)),
+    help="paper replays a paper's own evaluation: final iterates, all points; not robust accuracy.  "
+    "[default: standard]",
+)
 @options.question
 @click.option("-n", type=int, metavar="N", help="Points; a smaller n is inside a larger one.  [default: 500]")
 @click.option("--seed", type=int, metavar="SEED", help="Seed of the attacks' random numbers.  [default: 0]")
@@ -83,6 +93,7 @@ def command(
       arena match fgaa_sat
       arena match sat --vs 'pgd(steps=100,restarts=5),autoattack' -n 100
       arena match 'fgaa_sat(lam=1)' --eps 0.1 --json result.json
+      arena match fgaa_sat --protocol paper
       arena match my.py:factory --checkpoint w.safetensors --dataset npz:my.npz
       arena match matches/digits.toml
     """
@@ -92,6 +103,7 @@ def command(
     options.refuse_bare_file(defense)
     if fail_under is not None and math.isnan(fail_under):
         raise ArenaError("--fail-under nan: expected a percentage from 0 to 100")
+    refuse_threshold((given["protocol"],), fail_under)
     given["batch_size"] = _batch_size(given["batch_size"])
     given["audit"] = _audit(given["audit"], given.pop("no_audit"))
     if defense.endswith(".toml"):
@@ -118,7 +130,8 @@ def _single(
 
     vs = given.pop("vs")
     running = how(given)
-    question = Question(defense, tuple(split(VS if vs is None else vs)), **options.chosen(**given))
+    entries = PROTOCOLS[given["protocol"] or "standard"] if vs is None else tuple(split(vs))
+    question = Question(defense, entries, **options.chosen(**given))
     with open_store() as store:  # a store that cannot be opened is found before an hour of attacks
         record, stored = answer(question, running, installed(), quiet)
         if json_to:

@@ -53,7 +53,9 @@ def summary(row: dict[str, Any]) -> str:
     if not row["attempted"] and row["status"] == "ok":
         return f"{plain(name)}: nothing is left to attack"
     text = f"{plain(name)}: {row['broken']} of {row['attempted']} broken"
-    if row.get("cumulative_accuracy") is not None:
+    if row.get("paper_accuracy") is not None:
+        text += f", {percent(row['paper_accuracy'])} % of all points end classified correctly"
+    elif row.get("cumulative_accuracy") is not None:
         text += f", {percent(row['cumulative_accuracy'])} % left"
     elif row.get("robust_accuracy") is not None:
         text += f", {percent(row['robust_accuracy'])} % alone"
@@ -64,7 +66,7 @@ def summary(row: dict[str, Any]) -> str:
 
 def _swept(row: dict[str, Any]) -> tuple[str, str] | None:
     """Name the sweep a row belongs to: the same attack at other weights of the heads; None for other rows."""
-    if "lam" not in (row.get("options") or {}) or row["status"] != "ok":
+    if "lam" not in (row.get("options") or {}) or row["status"] != "ok" or row.get("standalone") is False:
         return None
     return row.get("roster") or "", row["name"].partition("(")[0]
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arena.cli.console import WIDE, cell, clock, count, installed, interval, percent, plain, problems, table
+from arena.cli.paper import UNAUDITED, WHAT, draw_attacks, is_paper
+from arena.question import PROTOCOLS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,8 +42,11 @@ def draw(
     _headline(console, record, store)
     if record.get("attacks"):
         console.print()
-        _attacks(console, record, everything)
-    if record.get("rosters"):
+        if is_paper(record):
+            draw_attacks(console, record, spaced)
+        else:
+            _attacks(console, record, everything)
+    if record.get("rosters") and not is_paper(record):
         console.print()
         _rosters(console, record)
     _audit(console, record, indicators)
@@ -72,8 +77,9 @@ def replay(record: Record) -> str:
 
     asked, threat = record["asked"], record["asked"]["threat"]
     words = ["arena", "match", record["model"]["twin"]]
-    entries = ",".join(asked["vs"])
-    words += ["--vs", entries] if entries != "autoattack,adaptive" else []
+    protocol = record.get("protocol", "standard")
+    words += ["--protocol", protocol] if protocol != "standard" else []
+    words += ["--vs", ",".join(asked["vs"])] if tuple(asked["vs"]) != PROTOCOLS[protocol] else []
     words += ["--dataset", asked["dataset"]] if asked["dataset"] != "digits" else []
     try:
         spec = installed().get("dataset", asked["dataset"]).spec
@@ -92,7 +98,10 @@ def replay(record: Record) -> str:
 
 
 def twin(record: Record, store: Store | None) -> dict[str, Any] | None:
-    """Find the newest comparable result of the twin: same data, points, threat model, backbone and training seed."""
+    """Find the newest comparable result of the twin.
+
+    That is one with the same protocol, data, points, threat model, backbone and training seed.
+    """
     name = record["model"].get("twin")
     if not name or store is None:
         return None
@@ -102,7 +111,9 @@ def twin(record: Record, store: Store | None) -> dict[str, Any] | None:
     fits = [
         r
         for r in candidates
-        if all(r["asked"].get(k) == asked.get(k) for k in same) and r["worst_case"]["robust_accuracy"] is not None
+        if all(r["asked"].get(k) == asked.get(k) for k in same)
+        and is_paper(r) == is_paper(record)
+        and (is_paper(r) or r["worst_case"]["robust_accuracy"] is not None)
     ]
     return fits[-1] if fits else None
 
@@ -116,19 +127,22 @@ def _headline(console: Console, record: Record, store: Store | None) -> None:
         words.append(f"train seed {asked['train_seed']}")
     console.print(cell(" · ".join(plain(w) for w in words if w), style="bold"))
     verdict = str((record.get("audit") or {}).get("verdict") or "not_audited")
-    if worst["robust_accuracy"] is None:
+    if is_paper(record):
+        text = WHAT
+    elif worst["robust_accuracy"] is None:
         text = "worst case: none, nothing was played"
     elif verdict == "void":
         text = "worst case: none, the match is void"
     else:
         text = f"worst case {percent(worst['robust_accuracy'])} % (95 %: {interval(worst['ci95'])})"
+    said = UNAUDITED if is_paper(record) and verdict == "not_audited" else VERDICTS.get(verdict, verdict)
     shown = [
         cell(f"{text}   natural {_natural(record)}", style="bold"),
-        cell(f"verdict {VERDICTS.get(verdict, verdict)}", style=_STYLES.get(verdict, "")),
+        cell(f"verdict {said}", style=_STYLES.get(verdict, "")),
     ]
     for line in reversed(shown) if verdict == "void" else shown:
         console.print(line)
-    if verdict == "void":
+    if verdict == "void" or is_paper(record):
         return
     lines = beside(record, store)
     if lines:
@@ -140,8 +154,8 @@ def _natural(record: Record) -> str:
 
 
 def _lam(attack: Mapping[str, Any]) -> float | None:
-    """Return the weight of the heads of a row of a sweep; None for other attacks."""
-    if "lam" not in (attack.get("options") or {}):
+    """Return the weight of the heads of a row of a sweep; None for other attacks, the papers' own among them."""
+    if "lam" not in (attack.get("options") or {}) or attack.get("standalone") is False:
         return None
     try:
         return float(attack["options"]["lam"])

@@ -31,6 +31,7 @@ def command(result: str | None, everything: bool, as_json: bool) -> int:
       arena show 3f9a --json | jq .worst_case
     """
     from arena.cli.console import cell, out, percent
+    from arena.cli.paper import brief, is_paper
     from arena.cli.result import draw
     from arena.store import open_store
 
@@ -55,9 +56,10 @@ def command(result: str | None, everything: bool, as_json: bool) -> int:
                     raise
                 raise ArenaError(f"{result}: not a result of arena ({type(error).__name__}: {error})") from None
             for one in earlier:
-                asked, worst = one["asked"], percent(one["worst_case"]["robust_accuracy"])
+                asked, worst = one["asked"], f"{percent(one['worst_case']['robust_accuracy'])} %"
+                worst = brief(one) if is_paper(one) else worst
                 threat = f"{asked['threat']['norm']} eps {asked['threat']['eps']}"
-                about = f"{one['defense']} · {asked['dataset']} · {threat} · n {asked['n']} · {worst} %"
+                about = f"{one['defense']} · {asked['dataset']} · {threat} · n {asked['n']} · {worst}"
                 console.print(cell(f"earlier   {one['id'][:8]}  {about}"))
     return 0
 

@@ -20,6 +20,12 @@ def test_defaults(arena, played):
     assert running.audit == "normal"
 
 
+def test_a_protocol_brings_its_own_line_up(arena, played):
+    assert arena("match", "sat", "--protocol", "paper").code == 0
+    assert arena("match", "sat", "--protocol", "paper", "--vs", "pgd").code == 0
+    assert [(q.protocol, q.vs) for q, _ in played.asked] == [("paper", ("papers",)), ("paper", ("pgd",))]
+
+
 def test_every_option_arrives(arena, played):
     line = (
         "match fgaa_sat(lam=1) --vs pgd(steps=100,restarts=5),autoattack --dataset npz:x.npz --backbone cnn --norm l2"
