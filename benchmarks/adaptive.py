@@ -29,7 +29,8 @@ from arena.results import unpacked
 from arena.statistics import mcnemar
 from arena.watch import Silent
 
-TRANSFERS = ("transfer(source=rt)", "transfer(source=sat)")
+#: By their canonical names; ``rt`` is the default.
+TRANSFERS = ("transfer", "transfer(source=sat)")
 #: Points of a gallery's match: most of its members fall at once or never.
 GALLERY_N = 64
 
