@@ -101,6 +101,21 @@ _APGD = (
         paper=_APGD_PAPER,
         options={"targets": TARGETS, "steps": steps(100), "restarts": restarts(), "rho": _RHO, "head": HEAD},
     ),
+    AttackSpec(
+        "apgd_s",
+        "targeted Auto-PGD in stages: a short run on each target, long ones on those within reach",
+        BOTH,
+        iterate="arena_attacks.staged:apgd_s",
+        options={
+            "targets": TARGETS,
+            "look": Option(7, "steps of the short run on each target, at least 1", low=1),
+            "steps": steps(30),
+            "keep": Option(3, "most targets that get a long run, at least 1", low=1),
+            "hope": Option(
+                1.0, "a target is within reach where the loss lacks at most this times what the short run won", low=0
+            ),
+        },
+    ),
 )
 
 _FAB = AttackSpec(

@@ -94,15 +94,11 @@ class Apgd:
 
     def ask(self, state: State) -> Query:
         """Ask for the objective and its gradient at the newest iterate."""
-        target = None
-        if self.targets:
-            place = (state["run"] // self.restarts).clamp_max(self.targets - 1)
-            target = state["targets"].gather(1, place.view(-1, 1)).squeeze(1)
         return Query(
             points=state["point"].unsqueeze(1),
             objective=self.loss,
             weights=spread(self.weights, state["y"]),
-            target=target,
+            target=self._target(state),
             grad=True,
             heads_objective=self.heads_loss,
         )
@@ -156,10 +152,25 @@ class Apgd:
             "size": size,
             "step": step + 1,
         }
-        ended = step >= self.steps
+        ended = self._ended(state)
         if ended.any() or broken.any():
             self._close(new, point, broken, ended)
         return new
+
+    def _target(self, state: State) -> Tensor | None:
+        """Return the class (N,) that each row's run aims at."""
+        if not self.targets:
+            return None
+        place = (state["run"] // self.restarts).clamp_max(self.targets - 1)
+        return state["targets"].gather(1, place.view(-1, 1)).squeeze(1)
+
+    def _ended(self, state: State) -> Tensor:
+        """Tell (N,) whose run ends with the iterate just seen."""
+        return state["step"] >= self.steps
+
+    def _last(self, state: State) -> Tensor:
+        """Tell (N,) for whom no run follows."""
+        return state["run"] + 1 >= self.runs
 
     def _close(self, new: State, point: Tensor, broken: Tensor, ended: Tensor) -> None:
         """Hand over the best point of rows whose run ends, and begin their next run."""
@@ -167,7 +178,7 @@ class Apgd:
         best = new["peak"].where(rows(improved, point), new["best"])
         new["best"] = point.where(rows(broken, point), best)
         new["top"] = new["peak_value"].where(improved, new["top"])
-        new["done"] = broken | (ended & (new["run"] + 1 >= self.runs))
+        new["done"] = broken | (ended & self._last(new))
         again = ended & ~new["done"]
         if not again.any():
             return
