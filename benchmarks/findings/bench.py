@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -179,20 +180,24 @@ class Bench:
         """Return the attacks that the finding needs and that are not registered."""
         return [name for name in finding.needs if not self.registry.has("attack", name)]
 
-    def answer(self, finding: Finding, again: bool = False) -> dict[str, Any]:
-        """Measure a finding, or find it in the cache: {"series": ..., "models": ..., "seconds": ..., ...}."""
+    def known(self, finding: Finding) -> Path:
+        """Return where a finding's answer is, or will be, kept."""
         keys = {text: self.plan(text).key for text in finding.subjects}
         name = finding.measured or finding.name
         asked = [name, finding.version, self.train_seed, self.n, self.threat.norm, self.threat.eps, keys]
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
-        path = home() / "findings" / f"{name}-{self.train_seed}-{self.n}-{digest}.json"
+        return home() / "findings" / f"{name}-{self.train_seed}-{self.n}-{digest}.json"
+
+    def answer(self, finding: Finding, again: bool = False) -> dict[str, Any]:
+        """Measure a finding, or find it in the cache: {"series": ..., "models": ..., "seconds": ..., ...}."""
+        path = self.known(finding)
         if path.exists() and not again:
             return dict(json.loads(path.read_bytes()))
         clock, before = time.process_time(), dict(self.ids)
         self.ids.clear()
         series = finding.measure(self)
         made = {
-            "finding": name,
+            "finding": finding.measured or finding.name,
             "train_seed": self.train_seed,
             "n": self.n,
             "series": {name: [round(v, 5) for v in values] for name, values in series.items()},

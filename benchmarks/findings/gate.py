@@ -153,6 +153,7 @@ FINDINGS = (
         measure_constant,
         constant_criteria,
         constant_table,
+        why={"confirmed": "A constant does as well."},
     ),
     Finding(
         "gate-curve",
@@ -169,6 +170,10 @@ FINDINGS = (
         figure=draw_curve,
         caption="Mean weight of the clean norm as the attack grows stronger, means over train seeds with bands from "
         "lowest to highest.",
+        why={
+            "confirmed": "The gate tells attacked images from clean ones.",
+            "refuted": "The gate does not tell attacked images from clean ones this way.",
+        },
     ),
     Finding(
         "clean-branch",
@@ -180,5 +185,9 @@ FINDINGS = (
         measure_clean,
         clean_criteria,
         clean_table,
+        why={
+            "confirmed": "All robustness is in the other branch.",
+            "refuted": "All weights but the norms' are shared with branches that were trained on attacked images.",
+        },
     ),
 )

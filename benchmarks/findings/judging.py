@@ -137,7 +137,7 @@ class Finding:
     criteria: Callable[[Data], list[Criterion]]
     tables: Callable[[Data], list[Table]]
     why: Mapping[str, str] = field(default_factory=dict)
-    """A sentence for each verdict that can be foreseen."""
+    """A sentence by verdict, beside what the criteria say."""
     figure: Callable[[Any, Data], None] | None = None
     """Draws on a matplotlib figure."""
     caption: str = ""

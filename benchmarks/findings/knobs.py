@@ -128,6 +128,7 @@ FINDINGS = (
         measure_fsr,
         fsr_criteria,
         fsr_table,
+        why={"confirmed": "Attacks that know the mask and the heads add next to nothing."},
     ),
     Finding(
         "cifs",
@@ -141,5 +142,6 @@ FINDINGS = (
         measure_cifs,
         cifs_criteria,
         cifs_table,
+        why={"confirmed": "The detached copy hides part of the way."},
     ),
 )

@@ -256,7 +256,7 @@ def draw_labels(figure: Any, data: Data) -> None:
         ("autoattack", [data.rows(f"{n} autoattack").mean(1) for n in names], BLUE, "o"),
         ("worst case with adaptive", [data.rows(f"{n} both").mean(1) for n in names], ORANGE, "s"),
     ]
-    dots(figure, shown, series, "accuracy, %")
+    dots(figure, shown, series, "accuracy, %").set_ylim(0, 100)
     figure.axes[0].axhline(data.mean("sat both"), color=BLACK, lw=1, ls=":", label="sat, worst case")
     figure.axes[0].legend(frameon=False, fontsize="small")
 
@@ -279,6 +279,7 @@ FINDINGS = (
         _agree("clean"),
         lambda data: [Table([["defense", "clean"], *([f"`{d}`", data.cell(f"{d} clean")] for d in (*MASKS, PARTLY))])],
         measured="agreement",
+        why={"confirmed": "On clean images the output adds nothing to head 1's answer."},
     ),
     Finding(
         "agreement-attacked",
@@ -291,6 +292,7 @@ FINDINGS = (
         agreement_attacked,
         agreement_table,
         measured="agreement",
+        why={"confirmed": "Where the output fell, head 1 had fallen; where it stood, head 1 stood."},
     ),
     Finding(
         "forced-mask",
@@ -303,6 +305,7 @@ FINDINGS = (
         measure_forced,
         forced_criteria,
         forced_table,
+        why={"confirmed": "The output follows the mask and not the image."},
     ),
     Finding(
         "second-head",
@@ -314,6 +317,7 @@ FINDINGS = (
         measure_second,
         second_criteria,
         second_table,
+        why={"confirmed": "Head 2 is no second opinion."},
     ),
     Finding(
         "attack-the-head",
@@ -328,6 +332,7 @@ FINDINGS = (
         measure_head,
         head_criteria,
         head_table,
+        why={"confirmed": "The output's gradient misses points that head 1's gradient finds."},
     ),
     Finding(
         "masked-without-training",
@@ -339,6 +344,7 @@ FINDINGS = (
         measure_untrained,
         untrained_criteria,
         untrained_table,
+        why={"confirmed": "What PGD on the output left was hidden, not robust."},
     ),
     Finding(
         "labels",
@@ -355,5 +361,6 @@ FINDINGS = (
         figure=draw_labels,
         caption="Each dot is a train seed: accuracy under autoattack and in the worst case, for adversarial training "
         "alone and three modules, trained with masks by the true label and by their own argmax.",
+        why={"confirmed": "What the labels brought was hidden from attacks on the output."},
     ),
 )

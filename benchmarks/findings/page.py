@@ -19,21 +19,23 @@ _STATES = {"holds": "yes", "fails": "no", "open": "open"}
 
 
 def sentence(finding: Finding, found: str, criteria: Sequence[Criterion]) -> str:
-    """Return why the verdict is what it is, in one sentence."""
-    if found in finding.why:
-        return finding.why[found]
+    """Return what the criteria say, and why the verdict is what it is."""
     if found == "not measured":
-        return f"It needs the attack {', '.join(f'`{a}`' for a in finding.needs)}, which is not there."
+        if not finding.needs:
+            return "nothing is known yet."
+        return f"it needs the attack {', '.join(f'`{a}`' for a in finding.needs)}, which may not be there."
     total, names = len(criteria), {s: [c.says for c in criteria if c.state() == s] for s in ("holds", "fails", "open")}
-    if found == "confirmed":
-        return "The criterion holds." if total == 1 else f"All {total} criteria hold."
     held, failed, opened = (len(names[s]) for s in ("holds", "fails", "open"))
-    if found == "refuted" and failed == total:
-        return "The opposite holds." if total == 1 else f"None of the {total} criteria holds; all fail clearly."
-    parts = [f"{held} of {total} hold"]
-    parts += [f"clearly not so: {'; '.join(names['fails'])}"] if failed else []
-    parts += [f"open: {'; '.join(names['open'])}"] if opened else []
-    return ", ".join(parts) + "."
+    if held == total:
+        said = "the criterion holds." if total == 1 else f"all {total} criteria hold."
+    elif failed == total:
+        said = "the opposite holds." if total == 1 else f"none of the {total} criteria holds, all fail."
+    else:
+        parts = [f"{held} of {total} criteria hold"]
+        parts += [f"clearly not so: {'; '.join(names['fails'])}"] if failed else []
+        parts += [f"open: {'; '.join(names['open'])}" if opened < 4 else f"{opened} are open"] if opened else []
+        said = ", ".join(parts) + "."
+    return f"{said} {finding.why.get(found, '')}".strip()
 
 
 def criteria_table(criteria: Sequence[Criterion]) -> Table:

@@ -18,7 +18,7 @@ from arena.surface import Gate, Head, Selection, Surface
 from arena.threat import Threat
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from findings import alignment, bench, judging, masks, oddities, page  # noqa: E402
+from findings import alignment, bench, judging, masks, oddities, page
 
 K, SIDE = 4, 3
 
@@ -216,6 +216,7 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
 
     for seed in (0, 1):
         made = bench.Bench(registry(), judging_watch(), 2, seed)
+        assert not made.known(finding(measure=measure)).exists()
         first = made.answer(finding(measure=measure))
         assert made.answer(finding(measure=measure)) == first
         assert made.answer(finding(measure=measure, version="2"))["series"] == first["series"]
