@@ -23,6 +23,11 @@ Series = list[float]
 DRAWS, SEED = 2000, 0
 
 
+def number(value: float, digits: int = 1) -> str:
+    """Write a number; nothing is minus zero."""
+    return f"{round(float(value), digits) + 0.0:.{digits}f}"
+
+
 @dataclass(frozen=True)
 class Data:
     """What was measured for one finding: series by name, for each train seed."""
@@ -45,8 +50,8 @@ class Data:
     def cell(self, name: str, digits: int = 1) -> str:
         """Return ``mean (lowest to highest seed)``; one seed: the mean alone."""
         each = self.rows(name).mean(1)
-        shown = f"{each.mean():.{digits}f}"
-        return shown if len(each) == 1 else f"{shown} ({each.min():.{digits}f} to {each.max():.{digits}f})"
+        mean, low, high = (number(v, digits) for v in (each.mean(), each.min(), each.max()))
+        return mean if len(each) == 1 else f"{mean} ({low} to {high})"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from arena.selection import Mode
 from arena.surrogate import Surrogate
 
 from .bench import Bench, Subject, after, percent
-from .judging import Criterion, Data, Finding, Series, Table, above, below
+from .judging import Criterion, Data, Finding, Series, Table, above, below, number
 
 TRAINED = ("fgaa_sat", "ewas_sat", "cas_sat", "saa_sat", "csaa_sat")
 NATURAL = ("fgaa_rt", "ewas_rt", "cas_rt")
@@ -241,7 +241,7 @@ def labels_table(data: Data) -> list[Table]:
     columns = ("natural", "autoattack", "both")
     rows = [["defense", "natural", "autoattack", "worst case of autoattack and adaptive", "hidden from autoattack"]]
     for d in ("sat", *(x for m in ABLATED for x in (m, f"{m}(labels=own)"))):
-        hidden = f"{(data.rows(f'{d} autoattack') - data.rows(f'{d} both')).mean():.1f}"
+        hidden = number((data.rows(f"{d} autoattack") - data.rows(f"{d} both")).mean())
         rows.append([f"`{d}`", *(data.cell(f"{d} {c}") for c in columns), hidden])
     return [Table(rows)]
 

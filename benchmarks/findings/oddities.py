@@ -24,9 +24,12 @@ PUBLISHED = {
     "inf_1": 40.92,
     "inf_2": 92.75,
 }
+LABELS = {"inf": "∞", "inf_1": "∞, head 1", "inf_2": "∞, head 2"}
 EPS = ("0.05", "0.1", "0.2", "0.4", "0.6", "0.8", "1")
 #: Defense, and at which head: the curves over eps.
 CURVES = (("sat", ""), ("rt", ""), ("fgaa_sat", ""), ("fgaa_sat", "head1"), ("fgaa_rt", ""), ("fgaa_rt", "head1"))
+#: Points of accuracy that count as far below; the paper's next row is 18 points higher.
+FAR = 5.0
 #: Half the distance between two points of a finite difference, in pixels of 1.
 REACH = 0.01
 DIRECTED = ("fgaa_sat", "ewas_sat", "cas_sat", "fgaa_rt", "ewas_rt", "cas_rt")
@@ -96,10 +99,10 @@ def measure_sweep(bench: Bench) -> dict[str, Series]:
 
 
 def sweep_criteria(data: Data) -> list[Criterion]:
-    """Ask that head 1 alone is below every other row."""
+    """Ask that head 1 alone is far below every other row."""
     one = data.rows("inf_1")
     return [
-        above(f"λ = {k} minus head 1 alone", data.rows(k) - one, 0, kind="difference")
+        above(f"λ = {LABELS.get(k, k)} minus head 1 alone", data.rows(k) - one, FAR, kind="difference")
         for k in PUBLISHED
         if k != "inf_1"
     ]
@@ -108,7 +111,7 @@ def sweep_criteria(data: Data) -> list[Criterion]:
 def sweep_table(data: Data) -> list[Table]:
     """Lay out the sweep beside the published one."""
     rows = [["λ_attack", "digits, `fgaa_sat`", "published, CIFAR-10"]]
-    rows += [[k.replace("_", ", head "), data.cell(k), f"{v:.1f}"] for k, v in PUBLISHED.items()]
+    rows += [[LABELS.get(k, k), data.cell(k), f"{v:.1f}"] for k, v in PUBLISHED.items()]
     return [Table(rows, f"Natural accuracy {data.cell('natural')} here, 86.2 there.")]
 
 
@@ -126,7 +129,7 @@ def draw_sweep(figure: Any, data: Data) -> None:
         ),
         ("published, CIFAR-10", [[PUBLISHED[k]] for k in names], ORANGE, "s"),
     ]
-    made = dots(figure, [k.replace("inf_", "∞, head ").replace("inf", "∞") for k in names], series, "accuracy, %")
+    made = dots(figure, [LABELS.get(k, k) for k in names], series, "accuracy, %")
     made.set(xlabel="weight of the heads in the attack, λ_attack", ylim=(0, 100))
 
 
@@ -257,7 +260,7 @@ FINDINGS = (
         "FGAA's Table 5 varies λ_attack, the weight of the heads in the attack; infinity leaves the output out, "
         "and its "
         "index names the one head attacked. Head 1 alone is 18 points below the next row.",
-        "PGD on head 1 alone leaves fewer points than every other row.",
+        f"PGD on head 1 alone leaves at least {FAR:g} points less than every other row.",
         "`lambda_pgd`, 20 steps of eps/10, cross-entropy, each row on all naturally correct points.",
         ("fgaa_sat",),
         measure_sweep,
@@ -267,7 +270,7 @@ FINDINGS = (
         caption="FGAA's sweep on digits and as published: accuracy for each weight of the heads in the attack.",
         why={
             "confirmed": "No weighted sum attacks as well as the head that decides.",
-            "refuted": "Some weighted sum attacks as well as the head that decides.",
+            "refuted": "Some weighted sum attacks about as well as the head that decides.",
         },
     ),
     Finding(

@@ -13,7 +13,7 @@ from arena import __version__
 from arena.home import atomic_write
 
 from .figures import canvas, rendered
-from .judging import Criterion, Data, Finding, Table, verdict
+from .judging import Criterion, Data, Finding, Table, number, verdict
 
 _STATES = {"holds": "yes", "fails": "no", "open": "open"}
 
@@ -43,20 +43,20 @@ def criteria_table(criteria: Sequence[Criterion]) -> Table:
     rows = [["criterion", "asked", "measured", "95 % interval", "by train seed", "holds"]]
     for c in criteria:
         low, high = c.interval()
-        seeds = ", ".join(f"{v:.{c.digits}f}" for v in c.rows.mean(1))
-        mean = f"{c.rows.mean():.{c.digits}f}"
+        seeds = ", ".join(number(v, c.digits) for v in c.rows.mean(1))
+        mean = number(c.rows.mean(), c.digits)
         asked = f"{'above' if c.above else 'below'} {c.bound:g}"
-        interval = f"{low:.{c.digits}f} to {high:.{c.digits}f}"
+        interval = f"{number(low, c.digits)} to {number(high, c.digits)}"
         rows.append([c.says, asked, mean, interval, seeds, _STATES[c.state()]])
     return Table(rows)
 
 
 def markdown(table: Table) -> list[str]:
-    """Write a table."""
+    """Write a table; columns of numbers are set to the right."""
     head, *rest = table.rows
-    rule = ["---", *("---:" for _ in head[1:])]
-    lines = ["| " + " | ".join(row) + " |" for row in (head, rule, *rest)]
-    lines[1] = "|" + "|".join(rule) + "|"
+    right = [all(row[k][:1] in "-0123456789" for row in rest) for k in range(len(head))]
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rest)]
+    lines.insert(1, "|" + "|".join("---:" if r else "---" for r in right) + "|")
     return [*([table.note, ""] if table.note else []), *lines, ""]
 
 
@@ -69,7 +69,7 @@ def section(finding: Finding, data: Data, figures: Path, number: int) -> tuple[l
     lines += [f"- Claimed or suspected: {finding.claim}", f"- Predicted: {finding.predicted}", f"- Done: {finding.how}"]
     if not criteria:
         return [*lines, ""], found
-    lines += [f"- Points: {criteria[0].rows.shape[1]}, under {len(data.seeds)} train seeds.", ""]
+    lines += [f"- Points: {criteria[0].rows.shape[1]}, train seeds {', '.join(map(str, data.seeds))}.", ""]
     for table in finding.tables(data):
         lines += markdown(table)
     if finding.figure:
