@@ -60,11 +60,11 @@ def markdown(table: Table) -> list[str]:
     return [*([table.note, ""] if table.note else []), *lines, ""]
 
 
-def section(finding: Finding, data: Data, figures: Path, number: int) -> tuple[list[str], str]:
+def section(finding: Finding, data: Data, figures: Path, place: int) -> tuple[list[str], str]:
     """Write a finding; draws its figure. Returns its lines and its verdict."""
     criteria = finding.criteria(data) if data.seeds else []
     found = verdict(criteria)
-    lines = [f"## {number}. {finding.title}", ""]
+    lines = [f"## {place}. {finding.title}", ""]
     lines += [f"**{found}**: {sentence(finding, found, criteria)}", ""]
     lines += [f"- Claimed or suspected: {finding.claim}", f"- Predicted: {finding.predicted}", f"- Done: {finding.how}"]
     if not criteria:
@@ -94,11 +94,11 @@ def write(
     body: list[str] = []
     verdicts: dict[str, str] = {}
     summary = [["finding", "predicted", "verdict"]]
-    for number, finding in enumerate(findings, start=1):
+    for place, finding in enumerate(findings, start=1):
         data = Data({seed: a["series"] for seed, a in answers.get(finding.name, {}).items()})
-        lines, verdicts[finding.name] = section(finding, data, out.parent / "figures", number)
+        lines, verdicts[finding.name] = section(finding, data, out.parent / "figures", place)
         body += lines
-        summary.append([f"{number}. {finding.title}", finding.predicted, f"**{verdicts[finding.name]}**"])
+        summary.append([f"{place}. {finding.title}", finding.predicted, f"**{verdicts[finding.name]}**"])
     counts = {v: list(verdicts.values()).count(v) for v in dict.fromkeys(verdicts.values())}
     page = [
         "# Findings",
