@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from arena_attacks.apgd import apgd_t
+from arena_attacks.staged import apgd_s
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -13,8 +15,6 @@ from arena.rng import Stream
 from arena.surface import Surface
 from arena.target import Target
 from arena.threat import Threat
-from arena_attacks.apgd import apgd_t
-from arena_attacks.staged import apgd_s
 
 LINF = Threat.parse("Linf", "0.1")
 
@@ -53,7 +53,7 @@ def test_hopeless_points_get_short_runs_alone():
 
 def test_what_is_within_reach_falls_though_it_is_ranked_last():
     slopes, gaps = [1.0, 1.0, 1.0, 1.0, 60.0], [2.0, 2.1, 2.2, 2.3, 5.9]
-    _, outcome, predicted = played(lambda s: apgd_s(s, look=3, steps=30, hope=3), slopes, gaps)
+    _, _, predicted = played(lambda s: apgd_s(s, look=3, steps=30, hope=3), slopes, gaps)
     assert (predicted == 5).all()
 
 
@@ -75,7 +75,7 @@ def test_it_stays_in_the_ball_within_its_bound_and_claims_nothing_that_is_not_th
     made, outcome, predicted = played(lambda s: apgd_s(s, look=look, steps=12, hope=hope), slopes, gaps[: len(slopes)])
     assert (outcome.forwards <= made.passes()[0]).all()
     assert ((outcome.x_adv - 0.5).abs() <= 0.1 + 1e-6).all()
-    long, _, all_targets = played(lambda s: apgd_t(s, targets=9, steps=50), slopes, gaps[: len(slopes)])
+    _, _, all_targets = played(lambda s: apgd_t(s, targets=9, steps=50), slopes, gaps[: len(slopes)])
     assert (
         (predicted == 0) | (all_targets != 0)
     ).all()  # on linear models a long run on each target finds whatever is there
