@@ -76,7 +76,12 @@ def ask(tmp_path, arena_home):
 
     def answer(limit=None, vs=VS, watch=None, **changes):
         question = Question(f"{tmp_path / 'mine.py'}:factory", vs, **{"n": 40, "eps": "0.08", **changes})
-        return play(question, Running(device="cpu", batch_size=16, audit="none", time_limit=limit), registry(), watch or Silent())
+        return play(
+            question,
+            Running(device="cpu", batch_size=16, audit="none", time_limit=limit),
+            registry(),
+            watch or Silent(),
+        )
 
     return answer
 

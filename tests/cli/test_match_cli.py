@@ -252,7 +252,7 @@ def test_a_plan_plays_nothing(arena, played, tmp_path):
     done = arena("match", "fgaa_sat", "--vs", "pgd(steps=10,restarts=2),foolbox:LinfPGD", "-n", "20", "--plan")
     assert done.code == 0, done.err
     assert not played.asked
-    assert "at most 820 passes (2 attacks, 20 points), and what nobody knows of foolbox:LinfPGD; about" in done.out
+    assert "at most 840 passes (2 attacks, 20 points), and what nobody knows of foolbox:LinfPGD; about" in done.out
     assert "not trained yet, the match trains it first: arena train fgaa_sat" in done.out
     assert "pgd(restarts=2, steps=10)" in done.out
     assert not [*(tmp_path / "home").iterdir()]
