@@ -189,7 +189,7 @@ def statuses(record: dict[str, Any], problems: Sequence[str] = ()) -> list[Indic
 
     ``problems`` say which parts of a roster could not be made.
     """
-    rows = record["attacks"]
+    rows, stopped = record["attacks"], bool(record.get("stopped"))
     found = [
         Indicator(
             "attack_not_ok",
@@ -200,8 +200,9 @@ def statuses(record: dict[str, Any], problems: Sequence[str] = ()) -> list[Indic
             _REMEDY[row["status"]],
         )
         for row in rows
-        if row["status"] != "ok"
+        if row["status"] != "ok" and not (stopped and row["status"] == "partial")
     ]
+    found += [_stopped(record)] if stopped else []
     found += [
         Indicator(
             "roster_incomplete",
@@ -230,6 +231,8 @@ def statuses(record: dict[str, Any], problems: Sequence[str] = ()) -> list[Indic
             )
         )
     none_ok = bool(rows) and all(row["status"] != "ok" for row in rows)
+    if stopped:  # the points that the attack at work has finished are known
+        none_ok = all(row["status"] not in ("ok", "partial") or not row["attempted"] for row in rows)
     if none_ok or not rows:
         found.append(
             Indicator(
@@ -243,6 +246,21 @@ def statuses(record: dict[str, Any], problems: Sequence[str] = ()) -> list[Indic
             )
         )
     return found
+
+
+def _stopped(record: dict[str, Any]) -> Indicator:
+    """Say what a match that its time limit stopped has left undone."""
+    undone = [row for row in record["attacks"] if row["status"] == "partial"]
+    names = [row["name"] + (f" (after {row['attempted']} points)" if row["attempted"] else "") for row in undone]
+    return Indicator(
+        "time_limit",
+        True,
+        record["provenance"]["time_limit"],
+        None,
+        f"stopped before the end, and nothing else was looked at; {len(undone)} of {len(record['attacks'])} attacks "
+        f"are not done: {', '.join(names)}",
+        "run the same command again: it goes on where it stopped",
+    )
 
 
 _REMEDY = {

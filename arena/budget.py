@@ -8,13 +8,16 @@ from dataclasses import replace
 from arena.attack import Setup, most
 from arena.lineup import Group, LeftOut, Planned
 from arena.specs import load
+from arena.threat import Threat
 
 #: Tells the most passes of an attack an example can cost; None where nobody knows.
 Cost = Callable[[Planned], int | None]
 
 
-def cost(planned: Planned, setup: Setup, draws: int) -> int | None:
-    """Return the most passes (forwards and backwards) an example can cost; None for plain attacks.
+def most_passes(planned: Planned, setup: Setup, draws: int) -> tuple[int, int] | None:
+    """Return the most (forwards, backwards) an example can cost; None for plain attacks, which nobody can ask.
+
+    An attack that cannot be made costs nothing.
 
     Args:
         planned: an attack.
@@ -25,9 +28,40 @@ def cost(planned: Planned, setup: Setup, draws: int) -> int | None:
     if not spec.iterate:
         return None
     try:
-        return sum(most(load(spec.iterate)(setup, **planned.options), draws))
+        return most(load(spec.iterate)(setup, **planned.options), draws)
     except (Exception, SystemExit):  # it will fail again where it is played, and be named there
-        return None
+        return 0, 0
+
+
+def cost(planned: Planned, setup: Setup, draws: int) -> int | None:
+    """Return the most passes (forwards and backwards) an example can cost; arguments as for ``most_passes``."""
+    passes = most_passes(planned, setup, draws)
+    return None if passes is None else sum(passes)
+
+
+class Prices:
+    """What attacks can cost in one match; each is asked once."""
+
+    def __init__(self, setup: Callable[[Planned], Setup], draws: int) -> None:
+        """Args: ``setup`` gives what an attack is made for; ``draws`` as for ``most_passes``."""
+        self._setup, self._draws = setup, draws
+        self._known: dict[str, tuple[int, int] | None] = {}
+
+    def passes(self, planned: Planned) -> tuple[int, int] | None:
+        """Return ``most_passes`` of an attack."""
+        if planned.name not in self._known:
+            self._known[planned.name] = most_passes(planned, self._setup(planned), self._draws)
+        return self._known[planned.name]
+
+    def cost(self, planned: Planned) -> int | None:
+        """Return forwards and backwards together."""
+        passes = self.passes(planned)
+        return None if passes is None else sum(passes)
+
+    def played(self, planned: Planned, threat: Threat) -> tuple[int, int] | None:
+        """Return what an attack can cost under this threat model: nothing where it is not played."""
+        norms = planned.spec.spec.norms
+        return (0, 0) if threat.radius == 0 or (norms and threat.norm not in norms) else self.passes(planned)
 
 
 def within(group: Group, given: int | None, cost: Cost) -> Group:
@@ -61,6 +95,12 @@ def within(group: Group, given: int | None, cost: Cost) -> Group:
         ),
         cut=not set(usual) <= set(kept),
     )
+
+
+def said(group: Group) -> str:
+    """Say what a roster has no room for; nothing if it has room for all."""
+    names = ", ".join(f"{one.name} ({one.passes})" for one in group.left_out)
+    return names and f"{group.name}: no room in {group.budget} passes an example for {names}"
 
 
 def _fitting(costs: list[int], limit: int) -> list[int]:

@@ -29,6 +29,7 @@
     retrain = false
     matrix = false
     audit = "normal"                         # or "deep", "none"
+    time_limit = "10m"                       # of each match
 
 ``defense = "NAME"`` in ``[match]`` serves a card with one defense. A key may stand in ``[match]`` or, in its plural, in
 ``[grid]``, not in both. All errors of a card are told at once, each with its key path and the nearest valid key.
@@ -47,6 +48,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from arena.entries import split
 from arena.errors import ArenaError, nearest
+from arena.limit import seconds_of
 from arena.question import PROTOCOLS, Question, Running
 
 Text = Annotated[str, Field(min_length=1)]
@@ -93,6 +95,7 @@ class _Run(_Table):
     retrain: bool | None = None
     audit: Literal["normal", "deep", "none"] | None = None
     matrix: bool | None = None
+    time_limit: Text | int | float | None = None
 
 
 class _Card(_Table):
@@ -142,10 +145,14 @@ def read_card(path: Path, overrides: Mapping[str, Any] | None = None) -> Card:
         problems = list(dict.fromkeys(_explain(e) for e in error.errors()))
         card = _Card()
     problems += _contradictions(data)
+    try:
+        limit = None if card.run.time_limit is None else seconds_of(card.run.time_limit)
+    except ArenaError as error:
+        problems.append(f"run.time_limit:{str(error).partition(':')[2]}, got {_shown(card.run.time_limit)}")
     if problems:
         count = f"{len(problems)} errors: " if len(problems) > 1 else ""
         raise ArenaError(f"card {path}: {count}{'; '.join(problems)}")
-    return _expand(path, card, dict(overrides or {}))
+    return _expand(path, card, {"time_limit": limit, **(overrides or {})})
 
 
 def _explain(error: Any) -> str:
@@ -188,6 +195,8 @@ def _expected(where: Sequence[str]) -> str:
         return "expected a whole number"
     if key == "protocol":
         return f"expected {' or '.join(PROTOCOLS)}"
+    if key == "time_limit":
+        return "expected a time such as 90, 90s, 10m or 1h30m"
     if key == "audit":
         return "expected normal, deep or none"
     return "expected true or false" if key in ("replay", "retrain", "matrix") else "expected a text"

@@ -260,12 +260,13 @@ def run_plain(
     keeper: Keeper | None = None,
     progress: Progress | None = None,
     chunk: int = 128,
+    until: Callable[[], bool] | None = None,
 ) -> Outcome:
     """Call a plain attack ``function(target, x, y, threat, budget, rng, **options)`` a chunk of rows at a time.
 
     It may return ``x_adv`` or ``(x_adv, claims)``. Global random generators are seeded for each chunk and restored,
     since wrapped libraries draw from them. Rows of a chunk share its passes: costs are exact in total, spread evenly by
-    row.
+    row. ``until`` is asked after each chunk; True stops the run with what is known.
     """
     keeper = keeper or Forgetful()
     outcome = Outcome.empty(x)
@@ -316,6 +317,8 @@ def run_plain(
         done += len(rows)
         if progress:
             progress(target.meter.forwards, done)
+        if until and until():
+            break
     return outcome
 
 

@@ -44,6 +44,11 @@ class Journal:
         atomic_write(left, model.encode())
         return known == model
 
+    @property
+    def stopped(self) -> str:
+        """Name under which the examples of this match lie while a time limit holds it."""
+        return f"stopped-{self.folder.name}"
+
     def keeper(self, name: str) -> AttackKeeper:
         """Return the keeper of one attack; ``name`` is safe as a file name and unique in the match."""
         return AttackKeeper(self.folder, name, self.every)

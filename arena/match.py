@@ -15,6 +15,7 @@ from arena.journal import Journal
 from arena.playing import Playing
 from arena.plugins import Registry
 from arena.question import Question, Running
+from arena.results import drop_examples
 from arena.store import open_store
 from arena.threads import one_thread, small
 from arena.watch import Watch
@@ -57,7 +58,10 @@ def play(question: Question, running: Running, registry: Registry, watch: Watch)
         match = Playing(arranged, replace(running, device=device), registry, contender, journal, watch)
         with one_thread(small(device, contender.parameters, arranged.images.shape)):  # changes no outcome
             record, outcomes = match.run()
+        if record["stopped"]:  # no answer yet: the journal stays, and the same question goes on from it
+            return Answered(record, False)
         store.put(arranged.key, record, outcomes)
         journal.clear()
+        drop_examples(journal.stopped)
     registry.announce("arena_match_finished", record=copy.deepcopy(record))
     return Answered(record, False)

@@ -13,26 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arena.arrangement import Arrangement, evaluation_of, indices_hash
+from arena.arrangement import Arrangement, evaluation_of
 from arena.attack import Setup, Unsupported, bound
 from arena.audit import statuses, verdict
 from arena.auditing.observing import Observed
 from arena.auditing.run import audit_match
-from arena.budget import cost, within
-from arena.check import PROBE, came_again, changed_parts, check_defense, drift, state_hash
+from arena.budget import Prices, said, within
+from arena.check import check_defense
 from arena.contender import Contender, seeded
+from arena.cost import Bill, Forecast, Pace, bill_of, measure
 from arena.datasets import to_float
 from arena.diagnosis import diagnose
 from arena.engine import Outcome, run_iterated, run_plain
+from arena.guard import Guard
+from arena.heading import heading
 from arena.journal import AttackKeeper, Journal
 from arena.lending import lend
+from arena.limit import Limit
 from arena.lineup import Group, Planned, line_up
 from arena.paper import as_paper, paper_row
 from arena.plugins import Registry
 from arena.question import Running
 from arena.referee import DRAWS, Judgement, Referee
 from arena.results import (
-    SCHEMA,
     Played,
     attack_row,
     keep_examples,
@@ -44,8 +47,8 @@ from arena.results import (
     worst_case,
 )
 from arena.rng import Stream
-from arena.specs import Indicator, load, text
-from arena.store import Outcomes, new_id
+from arena.specs import Indicator, load
+from arena.store import Outcomes
 from arena.target import DEFAULT_BATCH, Target
 from arena.trained import near_chance
 from arena.watch import Watch
@@ -79,45 +82,68 @@ class Playing:
         """The first verified break of each point, by position."""
         self.paper = arranged.question.protocol == "paper"
         """All attacks meet all points, and what counts is where they end (``arena.paper``)."""
+        self.limit = Limit(running.time_limit)
+        self.stopped = False
+        """The time limit left something undone."""
 
     def build(self) -> torch.nn.Module:
         return self.contender.build().to(self.running.device)
 
     def _search_copy(self) -> None:
         """Give the attacks a fresh copy of the model, and note what it looks like."""
-        model = self.build()
         self.target = Target(
-            model,
+            self.build(),
             self.surface,
             self.n_classes,
             self.running.batch_size or DEFAULT_BATCH,
             self.running.device,
         )
-        self.original = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        self.fingerprint = state_hash(model)
-        self.probe = self.target.clean(self.x[:PROBE])
+        self.guard = Guard(self.target, self.x)
+
+    def prepare(self, trained: bool = True) -> tuple[list[Group], Bill, list[Indicator]]:
+        """Check the model, score the clean points, line up the attacks; return them, their bill, and the findings.
+
+        Of a model that is not ``trained`` all points count as naturally correct: it may become that good.
+        """
+        arranged = self.arranged
+        self.n_classes, findings = check_defense(self.build, self.surface, self.x, self.y, arranged.images.n_classes)
+        self.correct = torch.ones(len(self.y), dtype=torch.bool)
+        if trained:
+            self.correct = (self.referee.score(self.x, self.y, self.index).predicted == self.y).cpu()
+        own = evaluation_of(arranged.plan)
+        groups = line_up(arranged.entries, self.registry, self.surface, arranged.threat, self.n_classes, own)
+        seed = arranged.question.seed
+        prices = Prices(lambda p: self._setup(Stream.of(seed, p.name), lambda name: None), self._draws())
+        groups = [within(group, arranged.question.budget, prices.cost) for group in groups]
+        for text in filter(None, map(said, groups)):
+            self.watch.say(text)
+        points = len(self.y) if self.paper else int(self.correct.sum())
+        alone = self.paper or self.running.matrix
+        return groups, bill_of(groups, lambda p: prices.played(p, arranged.threat), points, alone), findings
+
+    def pace(self) -> Pace | None:
+        """Measure how fast the search copy is, and make it if there is none."""
+        if not hasattr(self, "target"):
+            self._search_copy()
+        return measure(self.target, self.x, self.y)
 
     def run(self) -> tuple[dict[str, Any], Outcomes]:
         """Play everything; return the record and what became of each point."""
-        arranged, images = self.arranged, self.arranged.images
-        self.n_classes, findings = check_defense(self.build, self.surface, self.x, self.y, images.n_classes)
-        self.correct = (self.referee.score(self.x, self.y, self.index).predicted == self.y).cpu()
-        natural, interval = share(self.correct)
-        own = evaluation_of(arranged.plan)
-        groups = line_up(arranged.entries, self.registry, self.surface, arranged.threat, self.n_classes, own)
-        groups = [within(group, arranged.question.budget, self._cost) for group in groups]
-        for group in groups:
-            if group.left_out:
-                names = ", ".join(f"{one.name} ({one.passes})" for one in group.left_out)
-                self.watch.say(f"{group.name}: no room in {group.budget} passes an example for {names}")
-        record = self._head(natural, interval)
+        groups, bill, findings = self.prepare()
+        record = heading(self.arranged, self.contender, *share(self.correct))
+        record["cost"] = bill.record()
         self.registry.announce("arena_match_started", record=copy.deepcopy(record))
         rows: list[tuple[Group, Played]] = []
         if not any(i.flag and i.fatal for i in findings):
             self._search_copy()
+            pace = self.pace()
+            self.forecast, self.place = Forecast(bill, pace), -1
+            self.watch.say(bill.line(pace))
             for group in groups:
                 for played in self._play_group(group, findings):
                     rows.append((group, played))
+                    if not played.begun:
+                        continue
                     row = self._row(played)
                     self.watch.row(row)
                     self.registry.announce(
@@ -134,6 +160,7 @@ class Playing:
                 return
             met = self.correct if planned.standalone or self.running.matrix else standing
             met = torch.ones_like(met) if self.paper else met
+            self.place += 1
             played = self._play(group, number, planned, met.clone(), findings)
             if not planned.standalone:
                 standing &= ~played.broken
@@ -155,9 +182,13 @@ class Playing:
             # The clean score is the answer: nothing may be moved, or nothing is left to attack.
             played.attempted = met.clone()
             return played
+        if self.limit.up:
+            self.stopped = True
+            played.begun, played.status, played.error = False, "partial", f"not played: {self.limit} was up"
+            return played
         name = hashlib.sha256(f"{group.name}\n{planned.name}".encode()).hexdigest()[:12]
         keeper = self.journal.keeper(f"{number:03d}-{name}")
-        before = keeper.seconds()
+        before, began = keeper.seconds(), time.monotonic()
         try:
             outcome = self._attack(planned, rows.to(self.x.device), keeper)
         except Unsupported as e:
@@ -168,6 +199,9 @@ class Playing:
             played.trace = traceback.format_exc()
             return played
         played.seconds = max(keeper.seconds(), before)
+        if played.seconds < 1.5 * (time.monotonic() - began):  # most of it is this run's
+            self.forecast.took(int(outcome.forwards.sum()), int(outcome.backwards.sum()), played.seconds)
+        self.stopped |= not outcome.error and not bool(outcome.attempted.all())
         verdict = self.referee.judge(self.x[rows], outcome.x_adv, self.y[rows], self.index[rows])
         self._enter(played, rows, outcome, verdict)
         self._still_the_same(planned, played, findings)
@@ -184,7 +218,7 @@ class Playing:
                 load(spec.iterate)(setup, **planned.options), arranged.threat, 8 if spec.kind == "minimal" else 1
             )
             draws = self._draws()
-            self.watch.phase(planned.name, len(x) * bound(attack, draws), "forwards")
+            self._phase(planned, len(x) * bound(attack, draws), "forwards", len(x))
             # A random model draws from the global generator: the same match draws the same numbers.
             with seeded(int(stream.bits(self.index[:1], 0, 0, 1)[0, 0])):
                 return run_iterated(
@@ -196,11 +230,12 @@ class Playing:
                     None,
                     keeper,
                     lambda forwards, done: self.watch.advance(forwards, f"{done} of {len(x)} points done"),
-                    draws=draws,
+                    self.limit.after_step,
+                    draws,
                 )
         assert spec.run is not None
         options = dict(planned.options)
-        self.watch.phase(planned.name, len(x), "points")
+        self._phase(planned, len(x), "points", len(x))
         function: Callable[..., Any] = load(spec.run)
         return run_plain(
             function,
@@ -214,7 +249,12 @@ class Playing:
             keeper,
             lambda _, done: self.watch.advance(done),
             spec.chunk,
+            self.limit.after_step,
         )
+
+    def _phase(self, planned: Planned, total: int, unit: str, points: int) -> None:
+        self.watch.phase(planned.name, total, unit)
+        self.watch.ahead(*self.forecast.ahead(self.place, points))
 
     def _setup(self, stream: Stream, lend: Callable[[str], None]) -> Setup:
         arranged = self.arranged
@@ -222,10 +262,6 @@ class Playing:
 
     def _draws(self) -> int:
         return DRAWS if self.surface.random else 1
-
-    def _cost(self, planned: Planned) -> int | None:
-        stream = Stream.of(self.arranged.question.seed, planned.name)
-        return cost(planned, self._setup(stream, lambda name: None), self._draws())
 
     def _lend(self, name: str) -> None:
         """Put another defense's model at the target's disposal."""
@@ -266,19 +302,14 @@ class Playing:
             played.error = f"{lucky} points left at draws that the majority does not confirm: the model is random"
         elif not bool(outcome.attempted.all()):
             played.status = "partial"
+            played.error = f"{self.limit} was up after {int(outcome.attempted.sum())} of {len(rows)} points"
         elif not outcome.moved:
             played.status, played.error = "no_effect", "no query and no returned point differed from its image"
 
     def _still_the_same(self, planned: Planned, played: Played, findings: list[Indicator]) -> None:
         """Check that the search copy is what it was. An ask/tell attack cannot touch it: then the defense did it."""
-        model = self.target.model
-        same = state_hash(model) == self.fingerprint
-        what = "" if same else changed_parts(model, self.original)
-        if same and not self.surface.random:
-            now = self.target.clean(self.x[:PROBE])
-            if not came_again(now, self.probe, drift(now.device)):
-                same, what = False, "what it returns for the same images"
-        if same:
+        what = self.guard.changed()
+        if not what:
             return
         if planned.spec.spec.run:
             played.status, played.error = "failed", f"the attack changed the model: {what}"
@@ -300,48 +331,6 @@ class Playing:
 
     # -- the record ---------------------------------------------------------------------------------------------
 
-    def _head(self, natural: float, interval: list[float]) -> dict[str, Any]:
-        arranged, contender, question = self.arranged, self.contender, self.arranged.question
-        return {
-            "schema": SCHEMA,
-            "id": new_id(),
-            "defense": contender.name,
-            "protocol": question.protocol,
-            "asked": {
-                "vs": list(arranged.entries),
-                "dataset": question.dataset,
-                "backbone": contender.backbone,
-                "threat": {
-                    "norm": arranged.threat.norm,
-                    "eps": arranged.threat.eps,
-                    "eps_value": arranged.threat.radius,
-                },
-                "n": len(arranged.index),
-                "seed": question.seed,
-                "train_seed": question.train_seed,
-                "train_norm": question.train_norm,
-                "train_eps": question.train_eps,
-                "budget": question.budget,
-                "checkpoint": None if question.checkpoint is None else str(question.checkpoint),
-                "surface": None if question.surface is None else str(question.surface),
-                "indices_sha256": indices_hash(arranged.index),
-                "data_sha256": arranged.images.sha256,
-                "subset_rule": arranged.images.subset_rule,
-                "card": question.card,
-            },
-            "model": {
-                "id": contender.id,
-                "parameters": contender.parameters,
-                "options": {k: text(v) for k, v in contender.options.items()},
-                "eval_options": {k: text(v) for k, v in contender.eval_options.items()},
-                "trained": contender.trained,
-                "twin": contender.twin,
-                "origin": contender.origin,
-                "surface": self.surface.describe(),
-            },
-            "natural": {"accuracy": natural, "ci95": interval},
-        }
-
     def _sum_up(
         self,
         record: dict[str, Any],
@@ -358,13 +347,18 @@ class Playing:
         record["worst_case"] = worst
         places = sorted(self.examples)
         x_adv = torch.stack([self.examples[k] for k in places]) if places else self.x[:0].cpu()
-        record["examples"] = keep_examples(record["id"], x_adv, self.arranged.index[places])
+        name = self.journal.stopped if self.stopped else record["id"]
+        record["examples"] = keep_examples(name, x_adv, self.arranged.index[places])
         record["diagnosis"] = self._diagnosis(findings, x_adv)
+        record["stopped"] = self.stopped
+        origins = [self.contender.origin, *(p.planned.spec.origin for p in rows)]
+        record["provenance"] = provenance(origins, self.running.device, self.running.precision, self.started)
+        record["provenance"]["time_limit"] = self.running.time_limit
         problems = [f"{g.name}: {problem}" for g in groups for problem in g.problems]
         indicators = [*findings, *statuses(record, problems)]
         if self.paper:
             indicators += as_paper(record, rows, groups, self.arranged.plan)
-        audited = None if self.paper else audit_match(self, record, rows, indicators, standing)
+        audited = None if self.paper or self.stopped else audit_match(self, record, rows, indicators, standing)
         indicators += audited.indicators if audited else ()
         record["audit"] = {
             "verdict": verdict(indicators, audited is not None),
@@ -378,14 +372,12 @@ class Playing:
         natural, k = record["natural"]["accuracy"], self.arranged.images.n_classes
         if near_chance(natural, k):
             record["notes"].append(f"natural accuracy {natural:.1f} % is near chance ({100 / k:.1f} %): is it trained?")
-        origins = [self.contender.origin, *(p.planned.spec.origin for p in rows)]
-        record["provenance"] = provenance(origins, self.running.device, self.running.precision, self.started)
         record["provenance"]["seconds"] = round(time.monotonic() - self.clock, 3)
         outcomes = Outcomes.of(self.arranged.index, self.correct, self.correct & ~standing)
         return record, outcomes
 
     def _diagnosis(self, findings: list[Indicator], x_adv: Tensor) -> dict[str, Any] | None:
-        if any(i.flag and i.fatal for i in findings):
+        if self.stopped or any(i.flag and i.fatal for i in findings):
             return None
         model = self.build()
         return diagnose(model, self.surface, self.x, self.y, x_adv.to(self.x.device), self.n_classes)

@@ -50,5 +50,7 @@ class Running:
     retrain: bool = False
     audit: str = "normal"
     """``normal | deep | none``: how much the audit looks at; it changes no attack, only the verdict."""
+    time_limit: float | None = None
+    """Seconds that the attacks may take; a match that it stops is not stored and goes on when asked again."""
     matrix: bool = False
     """Let every attack meet every naturally correct point: fills ``unique_broken``, costs passes."""

@@ -59,11 +59,13 @@ class Played:
     error: str = ""
     trace: str = ""
     """Traceback of a crash."""
+    begun: bool = True
+    """False: the time limit was up before its turn."""
 
     @property
     def worked(self) -> bool:
         """Whether its silence about a point says anything."""
-        return self.status in ("ok", "partial")
+        return self.status == "ok" or (self.status == "partial" and bool(self.attempted.any()))
 
 
 def share(standing: Tensor) -> tuple[float, list[float]]:
@@ -195,14 +197,22 @@ def examples_hash(x_adv: np.ndarray, index: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def keep_examples(result: str, x_adv: Tensor, index: Tensor) -> dict[str, str]:
-    """Write the verified breaks (M, C, H, W) with data-set indices (M,); return the record's ``examples``."""
+def keep_examples(name: str, x_adv: Tensor, index: Tensor) -> dict[str, str]:
+    """Write the verified breaks (M, C, H, W) with data-set indices (M,); return the record's ``examples``.
+
+    ``name`` is the result's id, or says which match was stopped.
+    """
     pixels, rows = x_adv.detach().cpu().numpy().astype("<f4"), index.cpu().numpy().astype("<i8")
     buffer = io.BytesIO()
     np.savez_compressed(buffer, x_adv=pixels, index=rows)
-    path = home() / "examples" / f"{result}.npz"
+    path = home() / "examples" / f"{name}.npz"
     atomic_write(path, buffer.getvalue())
     return {"file": str(path.relative_to(home())), "sha256": examples_hash(pixels, rows)}
+
+
+def drop_examples(name: str) -> None:
+    """Forget what ``keep_examples`` wrote under a name."""
+    (home() / "examples" / f"{name}.npz").unlink(missing_ok=True)
 
 
 # -- provenance -------------------------------------------------------------------------------------------------

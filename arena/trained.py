@@ -267,6 +267,10 @@ class TrainedPlan:
             )
         return model
 
+    def untrained(self) -> Contender:
+        """Return the model with its first weights: its parts and its passes are those of the trained one."""
+        return self._contender(snapshot(self.make()), {"weights": "untrained"}, f"'{self.name}', not trained")
+
     def declared(self, model: nn.Module) -> Surface:
         """Return the surface of a model of this plan: the defense's own, and what a surface file adds."""
         declared = Surface() if self.defense.spec.surface is None else load(self.defense.spec.surface)(model)

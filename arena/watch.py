@@ -14,6 +14,10 @@ class Watch(Protocol):
     def advance(self, done: int, note: str = "") -> None:
         """``done`` steps of the current phase are finished; ``note`` is a short figure to show."""
 
+    def ahead(self, own: float | None, after: float, more: bool) -> None:
+        """Of the current phase: the seconds it may take if they can be told, those of all that comes after it, and
+        whether that is ``more`` than anyone can tell."""
+
     def say(self, text: str) -> None:
         """One line worth keeping."""
 
@@ -26,5 +30,6 @@ class Silent:
 
     def phase(self, name: str, total: int, unit: str) -> None: ...
     def advance(self, done: int, note: str = "") -> None: ...
+    def ahead(self, own: float | None, after: float, more: bool) -> None: ...
     def say(self, text: str) -> None: ...
     def row(self, attack: dict[str, Any]) -> None: ...

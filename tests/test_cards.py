@@ -153,3 +153,16 @@ def test_a_card_says_how_much_is_audited(card):
     assert read_card(card('[match]\ndefense = "sat"')).running.audit == "normal"
     with pytest.raises(ArenaError, match=r"run.audit: expected normal, deep or none, got 'depe'"):
         read_card(card('[match]\ndefense = "sat"\n[run]\naudit = "depe"'))
+
+
+@pytest.mark.parametrize(("text", "seconds"), [('"10m"', 600), ("90", 90), ("0.5", 0.5)])
+def test_a_time_limit_of_each_match(card, text, seconds):
+    made = read_card(card(f'[match]\ndefense = "a"\n[run]\ntime_limit = {text}'))
+    assert made.running.time_limit == seconds
+    assert read_card(card('[match]\ndefense = "a"')).running.time_limit is None
+
+
+@pytest.mark.parametrize("text", ['"soon"', "0", "true", '"0s"', "[1]"])
+def test_a_time_limit_that_is_none_is_named(card, text):
+    with pytest.raises(ArenaError, match=r"card .*: run\.time_limit: expected "):
+        read_card(card(f'[match]\ndefense = "a"\n[run]\ntime_limit = {text}'))

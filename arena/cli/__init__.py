@@ -94,7 +94,7 @@ def arena() -> None:
     \b
     Exit codes: 0 done; 1 a threshold failed, 'verify' disagrees or the
     verdict is void; 2 something you can fix (one line says what);
-    3 interrupted, the same command continues.
+    3 interrupted or out of time, the same command continues.
     """
 
 

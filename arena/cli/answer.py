@@ -76,17 +76,29 @@ def write(where: str, record: Any) -> None:
 
 
 def judge(record: dict[str, Any], fail_under: float | None, fail_on: str) -> int:
-    """Return 1, and say why on stderr, if a threshold failed or the verdict is void."""
-    name, worst = record["defense"], record["worst_case"]
+    """Return 1, and say why on stderr, if a threshold failed or the verdict is void; 3 if a time limit stopped it."""
+    name = record["defense"]
+    if record.get("stopped"):
+        click.echo(f"arena: {name}: stopped by the time limit; the same command goes on", err=True)
+        return 3 if _holds(record, fail_under, fail_on) else 1
     if (record.get("audit") or {}).get("verdict") == "void":
         click.echo(f"arena: {name}: the verdict is void", err=True)
         return 1
+    return 0 if _holds(record, fail_under, fail_on) else 1
+
+
+def _holds(record: dict[str, Any], fail_under: float | None, fail_on: str) -> bool:
+    """Tell whether a record keeps to a threshold, and say on stderr that it does not.
+
+    The worst case of a match that was stopped can only sink.
+    """
+    name, worst = record["defense"], record["worst_case"]
     if fail_under is None:
-        return 0
+        return True
     value = worst["robust_accuracy"] if fail_on == "point" else (worst["ci95"] or [None])[0]
     what = "worst case" if fail_on == "point" else "lower end of the worst case"
     if value is None or value < fail_under:
         shown = "missing" if value is None else f"{value:.2f} %"
         click.echo(f"arena: {name}: {what} {shown} is under --fail-under {fail_under:g}", err=True)
-        return 1
-    return 0
+        return False
+    return True

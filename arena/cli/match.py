@@ -11,11 +11,12 @@ import click
 from arena.cli import options
 from arena.cli.answer import answer, check_destination, judge, write
 from arena.cli.paper import refuse_threshold
+from arena.cli.plan import refuse_with, show_plan
 from arena.errors import ArenaError
 from arena.question import PROTOCOLS
 
 if TYPE_CHECKING:
-    from arena.question import Running
+    from arena.question import Question, Running
 
 
 @click.command("match")
@@ -68,6 +69,13 @@ if TYPE_CHECKING:
     type=click.Choice(("normal", "deep")),
     help="How much the audit looks at before it says a verdict; deep takes more points and time.  [default: normal]",
 )
+@click.option(
+    "--time-limit",
+    metavar="TIME",
+    callback=options.time_limit,
+    help="Stop the attacks after 90s, 10m or 1h30m; the same command then goes on.",
+)
+@click.option("--plan", is_flag=True, help="Say what would be played and what it can cost at most, and do nothing.")
 @click.option("--no-audit", is_flag=True, help="Leave the audit out: the verdict is then never clear.")
 @click.option("--all", "everything", is_flag=True, help="Give each row of a sweep its own line.")
 @options.quiet
@@ -78,6 +86,7 @@ def command(
     fail_on: str,
     everything: bool,
     quiet: bool,
+    plan: bool,
     **given: Any,
 ) -> int:
     """Play a defense against attacks and judge every claim.
@@ -86,7 +95,8 @@ def command(
     path/to/file.py:factory or package.module:factory. ENTRY is an attack or a roster; brackets need quotes in a shell.
     A CARD is a TOML file with a whole grid of matches; options given here win over it.
 
-    The same command again continues an unfinished match and prints a finished one from the store.
+    The same command again continues an unfinished match and prints a finished one from the store. A match that
+    --time-limit stops ends with exit code 3.
 
     \b
     Examples:
@@ -96,6 +106,8 @@ def command(
       arena match fgaa_sat --protocol paper
       arena match my.py:factory --checkpoint w.safetensors --dataset npz:my.npz
       arena match matches/digits.toml
+      arena match fgaa_sat --plan
+      arena match fgaa_sat --time-limit 10m
     """
     if given["precision"] != "fp32":
         raise ArenaError("--precision bf16: not yet; the search runs in fp32")
@@ -106,10 +118,17 @@ def command(
     refuse_threshold((given["protocol"],), fail_under)
     given["batch_size"] = _batch_size(given["batch_size"])
     given["audit"] = _audit(given["audit"], given.pop("no_audit"))
+    if plan:
+        refuse_with(json=json_to, fail_under=fail_under)
     if defense.endswith(".toml"):
-        from arena.cli.card import play_card
+        from arena.cli.card import plan_card, play_card
 
+        if plan:
+            return plan_card(Path(defense), given)
         return play_card(Path(defense), given, json_to, fail_under, fail_on, quiet)
+    if plan:
+        show_plan(*_question(defense, given))
+        return 0
     return _single(defense, given, json_to, fail_under, fail_on, everything, quiet)
 
 
@@ -124,14 +143,9 @@ def _single(
 ) -> int:
     from arena.cli.console import installed, out
     from arena.cli.result import draw
-    from arena.entries import split
-    from arena.question import Question
     from arena.store import open_store
 
-    vs = given.pop("vs")
-    running = how(given)
-    entries = PROTOCOLS[given["protocol"] or "standard"] if vs is None else tuple(split(vs))
-    question = Question(defense, entries, **options.chosen(**given))
+    question, running = _question(defense, given)
     with open_store() as store:  # a store that cannot be opened is found before an hour of attacks
         record, stored = answer(question, running, installed(), quiet)
         if json_to:
@@ -144,11 +158,22 @@ def _single(
     return judge(record, fail_under, fail_on)
 
 
+def _question(defense: str, given: dict[str, Any]) -> tuple[Question, Running]:
+    """Make the question, and how it is to be answered, of the options; takes them out."""
+    from arena.entries import split
+    from arena.question import Question
+
+    vs = given.pop("vs")
+    running = how(given)
+    entries = PROTOCOLS[given["protocol"] or "standard"] if vs is None else tuple(split(vs))
+    return Question(defense, entries, **options.chosen(**given)), running
+
+
 def how(given: dict[str, Any]) -> Running:
     """Take what says how to run out of the options."""
     from arena.question import Running
 
-    names = ("device", "batch_size", "precision", "replay", "retrain", "matrix", "audit")
+    names = ("device", "batch_size", "precision", "replay", "retrain", "matrix", "audit", "time_limit")
     taken = {k: given.pop(k) for k in names}
     return Running(**{k: v for k, v in taken.items() if (k, v) != ("audit", None)})
 

@@ -119,6 +119,13 @@ def resolve(name: str) -> str:
     return name
 
 
+def time_limit(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
+    """Read ``--time-limit``; seconds."""
+    from arena.limit import seconds_of
+
+    return None if value is None else seconds_of(value)
+
+
 def chosen(**values: Any) -> dict[str, Any]:
     """Keep what the user gave on the command line."""
     return {k: v for k, v in values.items() if v is not None}

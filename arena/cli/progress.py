@@ -112,6 +112,12 @@ class Phase:
     """Steps that an earlier run had done; -1: not known yet."""
     since: float = 0.0
     """When the first step of this run began."""
+    own: float | None = None
+    """Seconds that the phase may take, told before it began."""
+    after: float | None = None
+    """Seconds that all work after it may take; None: it is not part of a greater work."""
+    more: bool = False
+    """Nobody knows how long some of that work takes."""
 
     def advance(self, done: int, note: str, now: float) -> None:
         """Take in a report."""
@@ -133,7 +139,16 @@ class Phase:
         return f"{count(self.done)}/{count(self.total)} {self.unit}"
 
     def left(self, now: float) -> float | None:
-        """Return the seconds that are probably left; None: too early to tell, or nothing is."""
+        """Return the seconds that are probably left, of the greater work if there is one; None: too early to tell, or
+        nothing is."""
+        here = 0.0 if self.done >= self.total else self._here(now)
+        if here is None and self.own is not None:
+            here = self.own * (1 - self.share)
+        if here is None or self.after is None:
+            return here or None
+        return here + self.after or None
+
+    def _here(self, now: float) -> float | None:
         elapsed, fresh = now - self.since, self.done - max(self.before, 0)
         if elapsed < SURE_SECONDS or fresh <= 0 or self.done >= self.total or fresh < SURE_SHARE * self.total:
             return None
@@ -143,7 +158,10 @@ class Phase:
         """Tell how far it is, how long it took and how long it may take."""
         text = f"{self.name}: {self.figure()}" + (f", {self.note}" if self.note else "")
         left = self.left(now)
-        return f"{text}, {clock(now - self.began)}" + ("" if left is None else f", about {clock(left)} left")
+        if left is None:
+            return f"{text}, {clock(now - self.began)}"
+        where = "" if self.after is None else " in the match"
+        return f"{text}, {clock(now - self.began)}, {'over' if self.more else 'about'} {clock(left)} left{where}"
 
 
 class Lines:
@@ -167,6 +185,10 @@ class Lines:
         if done < self._phase.total and self._now() - self._last >= EVERY:  # the end has a line of its own
             self._last = self._now()
             self._write(self._phase.line(self._last))
+
+    def ahead(self, own: float | None, after: float, more: bool) -> None:
+        if self._phase is not None:
+            self._phase.own, self._phase.after, self._phase.more = own, after, more
 
     def say(self, text: str) -> None:
         self._write(plain(text))
@@ -194,7 +216,7 @@ def moving(phase: Phase, now: float, width: int) -> str:
     """Write the bar: share, time and time left in full; the note gives way first, then the name."""
     figures = f"{phase.figure()}  {clock(now - phase.began)}"
     left = phase.left(now)
-    figures += "" if left is None else f", {clock(left)} left"
+    figures += "" if left is None else f", {'over ' if phase.more else ''}{clock(left)} left"
     full = int(BAR * phase.share)
     room = width - BAR - len(figures) - 4
     name = cut(phase.name, room)
@@ -232,6 +254,10 @@ class Live:
     def advance(self, done: int, note: str = "") -> None:
         if self._phase is not None:
             self._phase.advance(done, note, self._now())
+
+    def ahead(self, own: float | None, after: float, more: bool) -> None:
+        if self._phase is not None:
+            self._phase.own, self._phase.after, self._phase.more = own, after, more
 
     def say(self, text: str) -> None:
         self._console.print(plain(text))

@@ -144,6 +144,8 @@ def _headline(console: Console, record: Record, store: Store | None) -> None:
         console.print(line)
     if verdict == "void" or is_paper(record):
         return
+    if record.get("stopped"):
+        console.print(cell("stopped by its time limit: this is the worst case so far, and the same command goes on"))
     lines = beside(record, store)
     if lines:
         console.print(cell("beside " + " | ".join(lines)))
@@ -317,7 +319,8 @@ def _handles(console: Console, record: Record, store: Store | None) -> None:
 
     seconds = (record.get("provenance") or {}).get("seconds")
     console.print()
-    console.print(cell(f"result    {record['id']}" + (f"   ({clock(seconds)})" if seconds else "")))
+    kept = ", not stored: the match was stopped" if record.get("stopped") else ""
+    console.print(cell(f"result    {record['id']}{kept}" + (f"   ({clock(seconds)})" if seconds else "")))
     file = (record.get("examples") or {}).get("file")
     if file:
         path = Path(file) if Path(file).is_absolute() else home() / file
@@ -329,6 +332,8 @@ def _handles(console: Console, record: Record, store: Store | None) -> None:
         words += ["--checkpoint", plain(record["asked"]["checkpoint"])]
     if record["model"].get("twin") and store is not None and twin(record, store) is None:
         console.print(f"no module {plain(replay(record))}", soft_wrap=True)
+    if kept:
+        return
     console.print(f"re-score  {shlex.join(words)}", soft_wrap=True)
 
 

@@ -88,3 +88,32 @@ def test_interruption_stops_the_card(arena, played, worst, card):
     played.answer = stop
     assert arena("match", card).code == 3
     assert len(played.asked) == 1
+
+
+def test_a_match_that_its_limit_stops_is_named_and_the_rest_goes_on(arena, played, worst, plant, record, tmp_path):
+    path = tmp_path / "limited.toml"
+    path.write_text('[match]\nvs = "pgd"\n[grid]\ndefenses = ["rt", "sat"]\n[run]\ntime_limit = "2m"\n')
+    answer = played.answer
+
+    def sometimes(question, running):
+        if question.defense != "rt":
+            return answer(question, running)
+        return copy.deepcopy(record) | {"defense": "rt", "id": "f" * 12, "stopped": True}
+
+    played.answer = sometimes
+    done = arena("match", str(path))
+    assert done.code == 3
+    assert [running.time_limit for _, running in played.asked] == [120, 120]
+    assert "result ffffffffffff (stopped)" in done.out
+    assert "rt: stopped by the time limit" in done.err
+    assert [line.split()[1] for line in done.out.splitlines() if line[:1].isdigit()] == ["sat"]
+    assert arena("match", str(path), "--time-limit", "90").code == 3
+    assert {running.time_limit for _, running in played.asked[2:]} == {90}
+
+
+def test_a_card_can_be_planned(arena, played, card):
+    done = arena("match", card, "--plan")
+    assert done.code == 0, done.err
+    assert not played.asked
+    assert [line.split(" · ")[0] for line in done.out.splitlines() if " · " in line] == ["rt", "sat", "fgaa_sat"]
+    assert done.out.count("at most") == 3 + 3  # the bill, and the legend

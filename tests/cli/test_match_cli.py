@@ -221,3 +221,43 @@ def test_corrupt_store_and_home_in_the_way(arena, tmp_path, monkeypatch):
     monkeypatch.setenv("ARENA_HOME", str(tmp_path / "file"))
     for line in ("match sat --vs pgd", "leaderboard", "show abc", "verify abc"):
         assert "is not a folder" in arena(*line.split()).refusal
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("10m", 600), ("1h30m", 5400)])
+def test_a_time_limit_arrives(arena, played, text, seconds):
+    assert arena("match", "sat", "--time-limit", text).code == 0
+    assert [running.time_limit for _, running in played.asked] == [seconds]
+
+
+def test_a_time_limit_that_is_none_is_refused(arena, played):
+    assert arena("match", "sat", "--time-limit", "soon").refusal == (
+        "--time-limit 'soon': expected a time such as 90, 90s, 10m or 1h30m"
+    )
+    assert not played.asked
+
+
+@pytest.mark.parametrize(("threshold", "code"), [((), 3), (("--fail-under", "30"), 3), (("--fail-under", "40"), 1)])
+def test_a_stopped_match_says_so_and_can_only_sink(arena, played, record, threshold, code):
+    record["stopped"] = True
+    played.answer = lambda question, running: record
+    done = arena("match", "sat", "--time-limit", "1s", *threshold)
+    assert done.code == code
+    assert "stopped by the time limit; the same command goes on" in done.err
+    assert "this is the worst case so far" in done.out
+    assert "not stored" in done.out
+    assert "re-score" not in done.out
+
+
+def test_a_plan_plays_nothing(arena, played, tmp_path):
+    done = arena("match", "fgaa_sat", "--vs", "pgd(steps=10,restarts=2),foolbox:LinfPGD", "-n", "20", "--plan")
+    assert done.code == 0, done.err
+    assert not played.asked
+    assert "at most 840 passes (2 attacks, 20 points), and what nobody knows of foolbox:LinfPGD; about" in done.out
+    assert "not trained yet, the match trains it first: arena train fgaa_sat" in done.out
+    assert "pgd(restarts=2, steps=10)" in done.out
+    assert not [*(tmp_path / "home").iterdir()]
+
+
+@pytest.mark.parametrize("more", [("--json", "-"), ("--fail-under", "3")])
+def test_a_plan_has_no_result(arena, played, more):
+    assert f"no result for {more[0]}" in arena("match", "sat", "--plan", *more).refusal

@@ -150,3 +150,29 @@ def test_the_bar_cuts_the_note_first_and_never_the_figures(width):
     long = Phase("apgd_t(steps=100,restarts=5)" * 4, 10, "forwards", 0.0)
     assert "0 %  10 s" in moving(long, 10.0, width)
     assert len(moving(long, 10.0, width)) <= width
+
+
+def test_time_left_is_that_of_the_whole_match():
+    watch, clock, said = lines()
+    watch.phase("apgd_ce", 1000, "forwards")
+    watch.ahead(40.0, 300.0, False)
+    clock.now += EVERY
+    watch.advance(10, "0 of 9 points done")  # too early to tell by its own steps: as was told before
+    assert said[-1] == "apgd_ce: 1 %, 0 of 9 points done, 5.0 s, about 5:40 left in the match"
+    clock.now += EVERY
+    watch.advance(510, "4 of 9 points done")
+    assert said[-1].endswith("10 s, about 5:05 left in the match")
+    watch.row(ROW)
+    watch.phase("foolbox:A", 10, "points")
+    watch.ahead(None, 0.0, True)
+    clock.now += EVERY
+    watch.advance(5)
+    assert said[-1] == "foolbox:A: 5/10 points, 5.0 s, over 5.0 s left in the match"
+
+
+def test_the_bar_tells_of_the_whole_match():
+    phase = Phase("pgd", 10, "points", 0.0, own=None, after=60.0)
+    phase.advance(5, "", 10.0)
+    assert "10 s, 1:10 left" in moving(phase, 10.0, 80)
+    phase.more = True
+    assert "10 s, over 1:10 left" in moving(phase, 10.0, 80)
