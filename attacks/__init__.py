@@ -203,7 +203,7 @@ _ROSTERS = (
         "adaptive",
         "attacks made for the defense's surface: heads, hard choices, gates, knobs; restarts, other losses",
         "arena_attacks.rosters:adaptive",
-        version="3",
+        version="4",
         budget=9000,
         from_surface=True,
     ),

@@ -85,7 +85,6 @@ def adaptive(surface: Surface, threat: Threat, n_classes: int) -> list[Entry]:
     if heads and surface.selections:
         entries += [("joint_t", {"targets": targets, "weights": "first"})]
     entries += [("apgd_ce", {"head": head, "steps": 50}) for head in heads]
-    entries += [("apgd_t", {"head": head, **short}) for head in heads[1:]]
     return entries
 
 
@@ -121,7 +120,7 @@ def _selections(surface: Surface, targets: int, n_classes: int) -> list[Entry]:
     found = [s for s in surface.selections.values() if s.path]
     entries: list[Entry] = []
     if found:
-        entries += [("relaxed", {"steps": 20}), ("relaxed", {"kind": "straight_through", "by": "pgd", "steps": 40})]
+        entries += [("relaxed", {"steps": 20})]
     if any(s.scores and s.rank == 1 for s in found):
         entries += [("forced", {"steps": 20, "targets": targets})]
     if any(s.scores and s.rank == 2 for s in found):

@@ -80,7 +80,7 @@ def test_adaptive_flips_the_first_head_early_and_ends_with_heads_as_classifiers(
     made = entries("adaptive", Surface(heads=HEADS))
     assert names(made)[:2] == ["apgd_ce", "joint_t"]
     assert made[1][1]["weights"] == "first"
-    assert [(a, o["head"]) for a, o in made[-3:]] == [("apgd_ce", "one"), ("apgd_ce", "two"), ("apgd_t", "two")]
+    assert [(a, o["head"]) for a, o in made[-2:]] == [("apgd_ce", "one"), ("apgd_ce", "two")]
 
 
 def test_adaptive_sweeps_lambda():
@@ -120,7 +120,7 @@ def test_adaptive_holds_gates_and_sweeps_afas_ratios_to_both_ends():
 
 def test_adaptive_relaxes_choices_and_forces_those_a_head_scores():
     made = entries("adaptive", Surface(heads=HEADS, selections={"mask": Selection("m")}))
-    assert [o["kind"] for a, o in made if a == "relaxed"] == ["soft", "straight_through"]
+    assert [o["kind"] for a, o in made if a == "relaxed"] == ["soft"]
     assert "forced" not in names(made)
     full = entries("adaptive", FULL)
     assert "forced" in names(full)
