@@ -151,6 +151,10 @@ def test_verify_confirms_the_breaks_and_refuses_a_worst_case(hill, tmp_path):
     found = verify(str(file), registry(), Silent(), against="papers_models:hill")
     assert not found.agrees
     assert "a paper's own evaluation has none" in found.lines[0]
+    record["worst_case"]["robust_accuracy"], record["rosters"][0]["robust_accuracy"] = None, 100 * 2 / 6
+    file.write_text(json.dumps(record))
+    found = verify(str(file), registry(), Silent(), against="papers_models:hill")
+    assert found.lines[0].startswith(f"entry {record['rosters'][0]['name']}: the result says 33.33 %")
 
 
 # -- the roster ``papers`` ----------------------------------------------------------------------------------------
