@@ -87,6 +87,13 @@ def test_repaired_points_raise_accuracy_above_natural_and_are_flagged(hill):
     assert record["audit"]["verdict"] == "suspect"
 
 
+def test_what_to_run_next_is_asked_under_the_protocol_that_is_meant(hill):
+    found = {i["name"]: i["remedy"] for i in flagged(ask(hill, OVER, "adaptive", budget=10))}
+    assert "--protocol paper" in found["roster_incomplete"]
+    assert "--vs adaptive" in found["roster_incomplete"]
+    assert "--protocol" not in found["natural_below_attacked"]
+
+
 def test_nothing_in_the_record_is_called_robust(hill):
     record = ask(hill, BACK, "gate_pgd", "apgd_ce(steps=3)")
     assert record["protocol"] == "paper"
