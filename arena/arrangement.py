@@ -90,6 +90,7 @@ def arrange(question: Question, running: Running, registry: Registry) -> Arrange
     missing = images.missing_classes(index)
     if missing:
         notes.append(f"no point of class {', '.join(map(str, missing))} among the {len(index)} points")
+    lent = _radius(trained_against)
     key = _digest(
         {
             "schema": SCHEMA,
@@ -107,6 +108,7 @@ def arrange(question: Question, running: Running, registry: Registry) -> Arrange
             "matrix": running.matrix,
             "audit": [AUDIT_VERSION, running.audit],
             **({} if question.budget is None else {"budget": question.budget}),
+            **({} if lent == _radius(threat_model(spec, None, None)) else {"lent": lent}),
         }
     )
     return Arrangement(question, entries, images, threat, index, planned, key, notes)
@@ -127,6 +129,11 @@ def threat_model(spec: DatasetSpec, norm: str | None, eps: str | None) -> Threat
     if eps is None and threat.norm != spec.norm:
         raise ArenaError(f"norm {threat.norm}: give eps too; the data set's default {spec.eps} is for {spec.norm}")
     return threat
+
+
+def _radius(threat: Threat) -> list[str]:
+    """Return what models lent to attacks are trained against; the key of the defense itself may not hold it."""
+    return [threat.norm, str(threat.fraction)]
 
 
 def _model_now(planned: Plan, device: str) -> tuple[str, ...]:

@@ -81,6 +81,8 @@ def again(record: Mapping[str, Any], vs: str, *more: str) -> str:
     words = ["arena", "match", record["defense"], "--vs", vs, "--dataset", asked["dataset"]]
     words += ["--backbone", asked["backbone"]] if asked.get("backbone") else []
     words += ["--norm", threat["norm"], "--eps", threat["eps"], "-n", str(asked["n"])]
+    protocol = record.get("protocol", "standard")
+    words += ["--protocol", protocol] if protocol != "standard" else []
     for key in ("seed", "train_seed", "train_norm", "train_eps", "checkpoint", "surface", "budget"):
         if asked.get(key):
             words += [f"--{key.replace('_', '-')}", str(asked[key])]

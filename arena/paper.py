@@ -84,5 +84,6 @@ def natural_below_attacked(record: dict[str, Any]) -> Indicator:
             f"{best['name']} leaves {best['paper_accuracy']:.1f} % classified correctly, more than the {natural:.1f} % "
             f"without an attack: it repaired {best['repaired']} points and broke {best['broken']}"
         )
-        remedy = "the attack does not work against this model, ask what does: " + again(record, "autoattack,adaptive")
+        usual = again({**record, "protocol": "standard"}, "autoattack,adaptive")
+        remedy = f"the attack does not work against this model, ask what does: {usual}"
     return Indicator("natural_below_attacked", flag, above, 0.0, evidence, remedy)

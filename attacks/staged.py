@@ -50,7 +50,7 @@ class Staged(Apgd):
         return state["step"] >= steps
 
     def _last(self, state: State) -> Tensor:
-        within = (state["gap"] <= self.hope * state["gain"]).sum(1).clamp_max(self.keep)
+        within = self._within(state).sum(1).clamp_max(self.keep)
         return state["run"] + 1 >= self.targets + within
 
     def _close(self, new: State, point: Tensor, broken: Tensor, ended: Tensor) -> None:
@@ -62,10 +62,13 @@ class Staged(Apgd):
             new["gain"] = torch.where(here, (new["peak_value"] - new["begun"]).unsqueeze(1), new["gain"])
         super()._close(new, point, broken, ended)
 
-    @staticmethod
-    def _order(state: State) -> Tensor:
-        """Return the places (N, T) of the targets, the nearest in gap first."""
-        return torch.argsort(state["gap"], dim=1, stable=True)
+    def _within(self, state: State) -> Tensor:
+        """Tell (N, T) which targets are within reach."""
+        return state["gap"] <= self.hope * state["gain"]
+
+    def _order(self, state: State) -> Tensor:
+        """Return the places (N, T) of the targets, those within reach first, the nearest in gap before the others."""
+        return torch.argsort(state["gap"].masked_fill(~self._within(state), torch.inf), dim=1, stable=True)
 
     def passes(self) -> tuple[int, int]:
         """Return the most (forwards, backwards) one row can cost."""

@@ -38,7 +38,7 @@ def fgaa(lam: int = 2, averaged: bool = False, masks: bool = True) -> Evaluation
 def ewas(lam: str = "0.01", masks: bool = True) -> Evaluation:
     """EWAS's evaluation: steps of eps/4, the head weighed by the training's ``lam``; its CIFAR-10 value on all data."""
     heads = f",lam={lam}" if lam != "0" else ""
-    faint = f"the head that chooses the mask is weighed by the training's {lam}: it is hardly attacked"
+    faint = f"the head that chooses the mask is weighed by {lam}, as the paper trained: it is hardly attacked"
     return Evaluation(
         (
             f"paper_pgd(steps=1,step=1{heads})",

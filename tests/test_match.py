@@ -430,6 +430,14 @@ def test_transfer_trains_its_source_and_says_what_it_cannot_have(registry, arena
     assert "unknown defense 'sats'; did you mean 'sat'" in second["error"]
 
 
+def test_what_a_lent_model_was_trained_against_is_part_of_the_question(registry):
+    """Neither a user's model nor an undefended one is trained against anything, but the model lent to transfer is."""
+    for defense in ("arena_cheats:honest", "rt"):
+        question = Question(defense, ("transfer(source=sat)",), n=10)
+        keys = [arrange(dataclasses.replace(question, train_eps=eps), GO, registry).key for eps in (None, "1/5", "0.1")]
+        assert keys[0] == keys[1] != keys[2]
+
+
 def test_a_plugins_indicator_that_crashes_is_no_clear(registry, monkeypatch):
     def look(context):
         def crash():

@@ -87,6 +87,13 @@ def test_repaired_points_raise_accuracy_above_natural_and_are_flagged(hill):
     assert record["audit"]["verdict"] == "suspect"
 
 
+def test_what_to_run_next_is_asked_under_the_protocol_that_is_meant(hill):
+    found = {i["name"]: i["remedy"] for i in flagged(ask(hill, OVER, "adaptive", budget=10))}
+    assert "--protocol paper" in found["roster_incomplete"]
+    assert "--vs adaptive" in found["roster_incomplete"]
+    assert "--protocol" not in found["natural_below_attacked"]
+
+
 def test_nothing_in_the_record_is_called_robust(hill):
     record = ask(hill, BACK, "gate_pgd", "apgd_ce(steps=3)")
     assert record["protocol"] == "paper"
@@ -151,6 +158,10 @@ def test_verify_confirms_the_breaks_and_refuses_a_worst_case(hill, tmp_path):
     found = verify(str(file), registry(), Silent(), against="papers_models:hill")
     assert not found.agrees
     assert "a paper's own evaluation has none" in found.lines[0]
+    record["worst_case"]["robust_accuracy"], record["rosters"][0]["robust_accuracy"] = None, 100 * 2 / 6
+    file.write_text(json.dumps(record))
+    found = verify(str(file), registry(), Silent(), against="papers_models:hill")
+    assert found.lines[0].startswith(f"entry {record['rosters'][0]['name']}: the result says 33.33 %")
 
 
 # -- the roster ``papers`` ----------------------------------------------------------------------------------------

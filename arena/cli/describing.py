@@ -45,6 +45,7 @@ def _facts(kind: str, spec: Any) -> list[str]:
     if kind == "roster":
         return [
             f"version {spec.version}"
+            + (f"; at most {spec.budget} passes an example, unless --budget says otherwise" if spec.budget else "")
             + ("; the list depends on the defense's surface" if spec.from_surface else "")
             + ("; the list is the defense's own evaluation" if spec.from_evaluation else "")
         ]

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     "--budget",
     type=int,
     metavar="PASSES",
-    help="Most passes a roster may cost an example; what has no room is named.  [default: the roster's own]",
+    help="Most passes a roster may cost an example; what has no room is named, plain attacks count nothing.  "
+    "[default: the roster's own]",
 )
 @options.training
 @options.device

@@ -100,18 +100,19 @@ def replay(record: Record) -> str:
 def twin(record: Record, store: Store | None) -> dict[str, Any] | None:
     """Find the newest comparable result of the twin.
 
-    That is one with the same protocol, data, points, threat model, backbone and training seed.
+    That is one with the same protocol, attacks, budget, data, points, threat model, backbone and training.
     """
     name = record["model"].get("twin")
     if not name or store is None:
         return None
     asked, threat = record["asked"], record["asked"]["threat"]
     candidates = store.all(defense=name, dataset=asked["dataset"], norm=threat["norm"], eps=threat["eps"], n=asked["n"])
-    same = ("data_sha256", "indices_sha256", "backbone", "train_seed")
+    same = ("data_sha256", "indices_sha256", "backbone", "train_seed", "train_norm", "train_eps", "budget")
     fits = [
         r
         for r in candidates
         if all(r["asked"].get(k) == asked.get(k) for k in same)
+        and set(r["asked"]["vs"]) == set(asked["vs"])
         and is_paper(r) == is_paper(record)
         and (is_paper(r) or r["worst_case"]["robust_accuracy"] is not None)
     ]

@@ -144,6 +144,7 @@ def masked_criteria(data: Data) -> list[Criterion]:
     found = []
     for d in ALIGNED:
         gap, usual = (data.rows(f"{n} pgd") - data.rows(f"{n} targeted") for n in (d, twin(d)))
+        found.append(above(f"`{d}`: PGD minus targeted", gap, 0, kind="difference"))
         found.append(above(f"`{d}` minus its twin: PGD minus targeted", gap - usual, 0))
     return found
 

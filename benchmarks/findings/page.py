@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from arena.home import atomic_write
 from .figures import canvas, rendered
 from .judging import Criterion, Data, Finding, Table, number, verdict
 
+#: A cell of numbers: ``12``, ``-``, ``97.2 (96.5 to 98.0)``, ``1.2, 2.0``.
+_NUMBERS = re.compile(r"[-\d.,() to]+")
 _STATES = {"holds": "yes", "fails": "no", "open": "open"}
 
 
@@ -54,7 +57,7 @@ def criteria_table(criteria: Sequence[Criterion]) -> Table:
 def markdown(table: Table) -> list[str]:
     """Write a table; columns of numbers are set to the right."""
     head, *rest = table.rows
-    right = [all(row[k][:1] in "-0123456789" for row in rest) for k in range(len(head))]
+    right = [all(_NUMBERS.fullmatch(row[k]) for row in rest) for k in range(len(head))]
     lines = ["| " + " | ".join(row) + " |" for row in (head, *rest)]
     lines.insert(1, "|" + "|".join("---:" if r else "---" for r in right) + "|")
     return [*([table.note, ""] if table.note else []), *lines, ""]
@@ -118,8 +121,8 @@ def write(
         *markdown(Table(summary)),
         "## How to read this",
         "",
-        f"- Accuracies are percent of the first {settings['n']} test images, or of all 600 where attacks are "
-        f"cheap, under Linf "
+        f"- Accuracies are percent of {settings['n']} test images, those of `-n {settings['n']}`, or of all 600 where "
+        "attacks are cheap, under Linf "
         f"eps {settings['eps']} unless said otherwise. After an attack, a point "
         "stands or is broken by the word of a referee with its own copy of the model.",
         "- `97.2 (96.5 to 98.0)` is the mean over train seeds, and the lowest and highest of them.",

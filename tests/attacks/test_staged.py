@@ -57,6 +57,21 @@ def test_what_is_within_reach_falls_though_it_is_ranked_last():
     assert (predicted == 5).all()
 
 
+def test_long_runs_go_to_targets_within_reach_and_not_to_the_nearest():
+    # four flat classes lie nearer, but nothing is won there; the fifth is farther off and comes nearer
+    aims = []
+
+    def spied(setup):
+        made = apgd_s(setup, look=5, steps=30, keep=1, hope=100)
+        ask = made.ask
+        made.ask = lambda state: aims.append(ask(state).target) or ask(state)
+        return made
+
+    _, outcome, _ = played(spied, [1e-3] * 4 + [1.0], [2.0, 2.1, 2.2, 2.3, 5.0])
+    assert outcome.forwards.tolist() == [5 * 6 + 31] * 8
+    assert torch.cat(aims).tolist().count(5) == 8 * (6 + 31)
+
+
 def test_all_the_hope_and_every_target_cost_the_bound():
     made, outcome, predicted = played(lambda s: apgd_s(s, look=5, steps=9, keep=2, hope=1e9), [1.0] * 5, [5.0] * 5)
     assert (predicted == 0).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,3 +64,13 @@ def test_the_headline_counts_pairs_and_credits_the_first(adaptive, match):
     assert p == 0.25
     assert adaptive.credit([match]) == "`joint_t(steps=20,weights=first)` 2, `lambda_pgd(lam=2)` 1"
     assert "`d_sat`" in adaptive.page([match], 8, [0])
+
+
+def test_train_seeds_of_one_test_image_are_no_new_evidence(adaptive, match):
+    b, c, p = adaptive.beyond([match] * 3)
+    assert (b, c) == (9, 0)
+    assert p == 0.25  # three images, not nine
+    swapped = replace(
+        match, broken={({"autoattack": "adaptive"}.get(e, "autoattack"), k): v for (e, k), v in match.broken.items()}
+    )
+    assert adaptive.beyond([match, swapped]) == (3, 3, 1.0)

@@ -169,6 +169,15 @@ def test_turning_a_criterion_around_turns_its_state(bound, shift):
     assert judging.below("x", values, bound).state() == turned[judging.above("x", values, bound).state()]
 
 
+def test_a_gap_wider_than_the_twins_is_not_enough():
+    # targeted attacks leave more than PGD does, everywhere: then nothing is hidden from the cross-entropy
+    left = {"pgd": 10, "targeted": 40}
+    series = {f"{d} {k}": rows(v)[0] for d in alignment.ALIGNED for k, v in left.items()}
+    series |= {f"{alignment.twin(d)} {k}": rows(3 * v - 20)[0] for d in alignment.ALIGNED for k, v in left.items()}
+    data = judging.Data({0: series})
+    assert judging.verdict(alignment.masked_criteria(data)) == "refuted"
+
+
 def finding(**changes):
     made = {
         "name": "planted",
@@ -200,6 +209,8 @@ def test_the_page_says_what_the_numbers_say(tmp_path):
         assert page.write(out, [drawn], {"planted": found}, settings) == {"planted": word}
         text = out.read_text()
         assert f"| 1. A title | A prediction. | **{word}** |" in text
+        assert "| finding | predicted | verdict |\n|---|---|---|\n" in text  # words are not set to the right
+        assert "| what | how much |\n|---|---:|\n" in text
         assert f"{np.mean(means):.1f} ({min(means):.1f} to {max(means):.1f})" in text
         assert (tmp_path / "figures" / "planted.svg").read_text().startswith("<?xml")
     assert page.write(out, [finding()], {}, settings) == {"planted": "not measured"}

@@ -275,6 +275,10 @@ def test_one_item_is_described_in_full(arena):
     assert "arena match 'fgaa_sat(lam=2)' --vs autoattack,adaptive" in text
     assert max(map(len, out.splitlines())) <= 80
     assert "steps 100" in " ".join(arena("list", "apgd_ce").out.split())
+    assert "at most 9000 passes an example, unless --budget says otherwise" in " ".join(
+        arena("list", "adaptive").out.split()
+    )
+    assert "passes an example" not in arena("list", "autoattack").out
     assert "default threat model: Linf eps 0.2; default backbone: cnn" in arena("list", "digits").out
     one = json.loads(arena("list", "autoattack", "--json").out)
     assert (one["kind"], one["name"]) == ("roster", "autoattack")

@@ -90,6 +90,9 @@ def test_the_twin_is_shown_only_at_an_equal_question(arena, plant, record):
     twin("c" * 12, 63.0, train_seed=1)
     twin("d" * 12, 64.0, backbone="resnet_small")
     twin("e" * 12, 65.0, data_sha256="f" * 64)
+    twin("7" * 12, 67.0, vs=["fgsm"])  # a weaker line-up leaves more standing
+    twin("8" * 12, 68.0, budget=300)
+    twin("9" * 12, 69.0, train_eps="0.1")
     twin("f" * 12, 66.0, threat={"norm": "Linf", "eps": "0.1", "eps_value": 0.1})
     assert "sat (no module) 61.2 %" in squeeze(arena("show", "0123").out)
     twin("1" * 12, 60.8, threat={"norm": "Linf", "eps": "1/5", "eps_value": 0.2})
