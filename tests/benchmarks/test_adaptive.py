@@ -63,7 +63,7 @@ def test_the_headline_counts_pairs_and_credits_the_first(adaptive, match):
     assert (b, c) == (3, 0)
     assert p == 0.25
     assert adaptive.credit([match]) == "`joint_t(steps=20,weights=first)` 2, `lambda_pgd(lam=2)` 1"
-    assert "`d_sat`" in adaptive.page([match], 8, [0])
+    assert "`d_sat`" in adaptive.page([match], 8, [0], "3")
 
 
 def test_train_seeds_of_one_test_image_are_no_new_evidence(adaptive, match):
