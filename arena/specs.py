@@ -97,6 +97,7 @@ def text(value: Value) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
+        value += 0.0  # -0.0 is 0
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     return str(value)
 

@@ -110,3 +110,7 @@ def test_messages(read, text, message):
     with pytest.raises(ArenaError) as caught:
         read(text)
     assert str(caught.value) == message
+
+
+def test_minus_nothing_is_nothing():
+    assert canonical("a", {"b": -0.0}) == "a(b=0)"
