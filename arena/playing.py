@@ -18,6 +18,7 @@ from arena.attack import Setup, Unsupported, bound
 from arena.audit import statuses, verdict
 from arena.auditing.observing import Observed
 from arena.auditing.run import audit_match
+from arena.cheaper import make_cheaper
 from arena.check import PROBE, changed_parts, check_defense, state_hash
 from arena.contender import Contender, seeded
 from arena.datasets import describe, to_float
@@ -27,6 +28,7 @@ from arena.errors import ArenaError
 from arena.journal import AttackKeeper, Journal
 from arena.lineup import Group, Planned, line_up
 from arena.models import plan
+from arena.pace import Pace, measure
 from arena.plugins import Registry
 from arena.question import Running
 from arena.referee import DRAWS, Judgement, Referee
@@ -45,7 +47,7 @@ from arena.results import (
 from arena.rng import Stream
 from arena.specs import Indicator, load, text
 from arena.store import Outcomes, new_id
-from arena.target import DEFAULT_BATCH, Target
+from arena.target import Target
 from arena.trained import near_chance
 from arena.usermodels import OwnPlan
 from arena.watch import Watch
@@ -75,6 +77,10 @@ class Playing:
         self.referee = Referee(self.build(), arranged.threat, self.surface.random, device)
         self.n_classes = images.n_classes
         """Width of the logits, known after the check; at least the data set's classes."""
+        self.pace: Pace | None = None
+        """What bare passes of the search copy cost, known once there is one."""
+        self.again = 0
+        """Points attacked once more in fp32, because only bf16 saw them broken."""
         self.examples: dict[int, Tensor] = {}
         """The first verified break of each point, by position."""
 
@@ -83,16 +89,16 @@ class Playing:
 
     def _search_copy(self) -> None:
         """Give the attacks a fresh copy of the model, and note what it looks like."""
-        model = self.build()
-        self.target = Target(
-            model,
-            self.surface,
-            self.n_classes,
-            self.running.batch_size or DEFAULT_BATCH,
-            self.running.device,
-        )
+        running = self.running
+        model, self.cheaper = make_cheaper(self.build, self.surface, self.x, running.precision)
+        precision = self.cheaper.precision
+        self.target = Target(model, self.surface, self.n_classes, device=running.device, precision=precision)
         self.original = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.fingerprint = state_hash(model)
+        if self.pace is None:
+            met = self.x[self.correct.to(self.x.device)]
+            self.pace = measure(self.target, met if len(met) else self.x, running.batch_size)
+        self.target.batch_size = self.pace.batch_size
         self.probe = self.target.clean(self.x[:PROBE])
 
     def run(self) -> tuple[dict[str, Any], Outcomes]:
@@ -146,10 +152,8 @@ class Playing:
             played.attempted = met.clone()
             return played
         name = hashlib.sha256(f"{group.name}\n{planned.name}".encode()).hexdigest()[:12]
-        keeper = self.journal.keeper(f"{number:03d}-{name}")
-        before = keeper.seconds()
         try:
-            outcome = self._attack(planned, rows.to(self.x.device), keeper)
+            outcome, played.seconds = self._search(planned, rows.to(self.x.device), f"{number:03d}-{name}")
         except Unsupported as e:
             played.status, played.error = "unsupported", str(e)
             return played
@@ -157,11 +161,32 @@ class Playing:
             played.status, played.error = "failed", f"{type(e).__name__}: {e}"
             played.trace = traceback.format_exc()
             return played
-        played.seconds = max(keeper.seconds(), before)
         verdict = self.referee.judge(self.x[rows], outcome.x_adv, self.y[rows], self.index[rows])
         self._enter(played, rows, outcome, verdict)
         self._still_the_same(planned, played, findings)
         return played
+
+    def _search(self, planned: Planned, rows: Tensor, name: str) -> tuple[Outcome, float]:
+        """Attack in the search's precision, and in fp32 once more what bf16 alone saw broken; return the seconds too.
+
+        Plain attacks run in fp32: they do not say which points they let go early.
+        """
+        target, keeper = self.target, self.journal.keeper(name)
+        if target.precision == "fp32" or planned.spec.spec.run:
+            with target.in_fp32():
+                return self._attack(planned, rows, keeper), keeper.seconds()
+        outcome, seconds = self._attack(planned, rows, keeper), keeper.seconds()
+        x, y, index = self.x[rows], self.y[rows], self.index[rows]
+        denied = outcome.claimed(target, y) & ~self.referee.judge(x, outcome.x_adv, y, index).broken.cpu()
+        outcome.attempted &= ~denied
+        again = denied.nonzero().squeeze(1)
+        if len(again) and not outcome.error:
+            keeper = self.journal.keeper(f"{name}-fp32")
+            with target.in_fp32():
+                outcome.replace(again, self._attack(planned, rows[again.to(rows.device)], keeper))
+            self.again += len(again)
+            seconds += keeper.seconds()
+        return outcome, seconds
 
     def _attack(self, planned: Planned, rows: Tensor, keeper: AttackKeeper) -> Outcome:
         arranged, spec = self.arranged, planned.spec.spec
@@ -367,6 +392,12 @@ class Playing:
             record["notes"].append(f"natural accuracy {natural:.1f} % is near chance ({100 / k:.1f} %): is it trained?")
         origins = [self.contender.origin, *(p.planned.spec.origin for p in rows)]
         record["provenance"] = provenance(origins, self.running.device, self.running.precision, self.started)
+        if self.pace is not None:
+            for row in record["rosters"]:
+                row["bare"] = round(self.pace.bare(row["forwards"], row["backwards"]), 3)
+            record["provenance"]["bare_seconds"] = round(sum(row["bare"] for row in record["rosters"]), 3)
+            search = {"batch_size": self.target.batch_size, "again": self.again}
+            record["provenance"]["search"] = {**self.cheaper.record(), **search}
         record["provenance"]["seconds"] = round(time.monotonic() - self.clock, 3)
         outcomes = Outcomes.of(self.arranged.index, self.correct, self.correct & ~standing)
         return record, outcomes

@@ -80,8 +80,6 @@ def command(
       arena match my.py:factory --checkpoint w.safetensors --dataset npz:my.npz
       arena match matches/digits.toml
     """
-    if given["precision"] != "fp32":
-        raise ArenaError("--precision bf16: not yet; the search runs in fp32")
     check_destination(json_to)
     options.refuse_bare_file(defense)
     if fail_under is not None and math.isnan(fail_under):

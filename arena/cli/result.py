@@ -300,6 +300,9 @@ def _handles(console: Console, record: Record, store: Store | None) -> None:
     seconds = (record.get("provenance") or {}).get("seconds")
     console.print()
     console.print(cell(f"result    {record['id']}" + (f"   ({clock(seconds)})" if seconds else "")))
+    passes = _passes(record)
+    if passes:
+        console.print(cell(passes))
     file = (record.get("examples") or {}).get("file")
     if file:
         path = Path(file) if Path(file).is_absolute() else home() / file
@@ -312,6 +315,22 @@ def _handles(console: Console, record: Record, store: Store | None) -> None:
     if record["model"].get("twin") and store is not None and twin(record, store) is None:
         console.print(f"no module {plain(replay(record))}", soft_wrap=True)
     console.print(f"re-score  {shlex.join(words)}", soft_wrap=True)
+
+
+def _passes(record: Record) -> str:
+    """Say how the search's seconds compare with those of its bare passes, and what the passes were."""
+    provenance = record.get("provenance") or {}
+    bare, search = provenance.get("bare_seconds"), provenance.get("search") or {}
+    if not bare:
+        return ""
+    seconds = sum(row.get("seconds") or 0.0 for row in record["rosters"])
+    words = [f"passes    {seconds / bare:.2f} times the bare cost of {clock(bare)}", f"batch {search.get('batch_size')}"]
+    words += [f"{search['folded']} batch norms folded"] if search.get("folded") else []
+    words += ["channels last"] if search.get("channels_last") else []
+    words += ["bf16"] if search.get("precision") == "bf16" else []
+    words += [f"{search['again']} points once more in fp32"] if search.get("again") else []
+    words += [str(search["note"])] if search.get("note") else []
+    return ", ".join(words)
 
 
 def spaced(name: str) -> str:
