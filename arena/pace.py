@@ -141,7 +141,8 @@ def memory_of_a_row(target: Target, x: Tensor) -> float:
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        place = tensor.untyped_storage().data_ptr()
+        kept[place] = max(kept.get(place, 0), tensor.nbytes)
         return tensor
 
     own = {p.untyped_storage().data_ptr() for p in (*target.model.parameters(), *target.model.buffers())}

@@ -394,8 +394,8 @@ class Playing:
         record["provenance"] = provenance(origins, self.running.device, self.running.precision, self.started)
         if self.pace is not None:
             for row in record["rosters"]:
-                row["bare"] = round(self.pace.bare(row["forwards"], row["backwards"]), 3)
-            record["provenance"]["bare_seconds"] = round(sum(row["bare"] for row in record["rosters"]), 3)
+                row["bare"] = round(self.pace.bare(row["forwards"], row["backwards"]), 6)
+            record["provenance"]["bare_seconds"] = round(sum(row["bare"] for row in record["rosters"]), 6)
             search = {"batch_size": self.target.batch_size, "again": self.again}
             record["provenance"]["search"] = {**self.cheaper.record(), **search}
         record["provenance"]["seconds"] = round(time.monotonic() - self.clock, 3)

@@ -324,7 +324,8 @@ def _passes(record: Record) -> str:
     if not bare:
         return ""
     seconds = sum(row.get("seconds") or 0.0 for row in record["rosters"])
-    words = [f"passes    {seconds / bare:.2f} times the bare cost of {clock(bare)}", f"batch {search.get('batch_size')}"]
+    words = [f"passes    {seconds / bare:.2f} times their bare cost of {clock(bare)}"]
+    words += [f"batch {search['batch_size']}"] if search.get("batch_size") else []
     words += [f"{search['folded']} batch norms folded"] if search.get("folded") else []
     words += ["channels last"] if search.get("channels_last") else []
     words += ["bf16"] if search.get("precision") == "bf16" else []
