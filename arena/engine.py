@@ -81,6 +81,24 @@ class Outcome:
         self.error, self.trace = other.error, other.trace
 
 
+def confirm(outcome: Outcome, target: Target, y: Tensor, broken: Tensor, again: Callable[[Tensor], Outcome]) -> int:
+    """Attack in fp32 once more what a search in lower precision took for broken and the referee does not.
+
+    ``y`` (N,) are labels, ``broken`` (N,) the referee's word, ``again`` attacks rows by their positions. Changes
+    ``outcome`` and returns how many rows these were. After a crash none is attacked: they were then not attempted.
+    """
+    denied = outcome.claimed(target, y) & ~broken.cpu()
+    rows = denied.nonzero().squeeze(1)
+    if not len(rows):
+        return 0
+    outcome.attempted &= ~denied
+    if outcome.error:
+        return 0
+    with target.in_fp32():
+        outcome.replace(rows, again(rows))
+    return len(rows)
+
+
 class Keeper(Protocol):
     """Keeps finished rows and snapshots of one attack, so that a killed run goes on (``arena.journal``)."""
 

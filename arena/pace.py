@@ -23,8 +23,10 @@ from arena.target import DEFAULT_BATCH, PAD, Target, out_of_memory, padded
 SIZES = (32, 64, 128, 256, 512, 1024)
 #: Timed pairs of passes a size, after one that is not; and seconds in which all sizes are tried.
 PASSES, ENOUGH = 3, 1.0
-#: A larger batch counts as no slower up to here: fewer batches mean less of the engine's own work.
-NO_SLOWER = 1.03
+#: Seconds that the engine's own work takes for each batch, whatever its size: a small model's batches are large.
+OWN = 5e-4
+#: A larger batch counts as no slower up to here.
+NO_SLOWER = 1.02
 #: From here on a larger batch is not tried.
 HOPELESS = 1.2
 #: Share of the free memory that a batch may take.
@@ -100,18 +102,20 @@ def _fitting(target: Target, x: Tensor, size: int) -> Pace:
 
 
 def _timed(target: Target, x: Tensor, size: int) -> tuple[float, Pace]:
-    """Return the fastest forward and backward, in seconds a row, which other work on the machine disturbs least; and
-    the medians."""
+    """Return what a row costs at a size, to compare sizes by, and the median seconds of passes.
+
+    What sizes are compared by is the fastest pass, in CPU seconds: these two other work on the machine disturbs least.
+    """
     rows = x[torch.arange(size, device=x.device) % len(x)]
-    times: dict[bool, list[float]] = {False: [], True: []}
+    times: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     began = time.perf_counter()
     for turn in range(1 + PASSES):
         for grad, kept in times.items():
             kept.append(_seconds(partial(bare_pass, target, rows, grad), x.device))
         if turn and time.perf_counter() - began > ENOUGH:
             break
-    forward, both = (statistics.median(t[1:]) / size for t in times.values())
-    return min(times[True][1:]) / size, Pace(size, forward, both)
+    forward, both = (statistics.median(wall for wall, _ in t[1:]) / size for t in times.values())
+    return (min(work for _, work in times[True][1:]) + OWN) / size, Pace(size, forward, both)
 
 
 def bare_pass(target: Target, x: Tensor, grad: bool) -> None:
@@ -124,16 +128,17 @@ def bare_pass(target: Target, x: Tensor, grad: bool) -> None:
         torch.autograd.grad(out.sum(), leaf, allow_unused=True)
 
 
-def _seconds(work: Callable[[], None], device: torch.device) -> float:
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    wait()
-    began = time.perf_counter()
+def _seconds(work: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """Return the wall seconds of some work, and its CPU seconds, which on a GPU are wall seconds too."""
+    gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.synchronize(device)
+    wall, cpu = time.perf_counter(), time.process_time()
     work()
-    wait()
-    return time.perf_counter() - began
+    if gpu:
+        torch.cuda.synchronize(device)
+    took = time.perf_counter() - wall
+    return took, took if gpu else time.process_time() - cpu
 
 
 def memory_of_a_row(target: Target, x: Tensor) -> float:

@@ -23,7 +23,7 @@ from arena.check import PROBE, changed_parts, check_defense, state_hash
 from arena.contender import Contender, seeded
 from arena.datasets import describe, to_float
 from arena.diagnosis import diagnose
-from arena.engine import Outcome, run_iterated, run_plain
+from arena.engine import Outcome, confirm, run_iterated, run_plain
 from arena.errors import ArenaError
 from arena.journal import AttackKeeper, Journal
 from arena.lineup import Group, Planned, line_up
@@ -177,16 +177,11 @@ class Playing:
                 return self._attack(planned, rows, keeper), keeper.seconds()
         outcome, seconds = self._attack(planned, rows, keeper), keeper.seconds()
         x, y, index = self.x[rows], self.y[rows], self.index[rows]
-        denied = outcome.claimed(target, y) & ~self.referee.judge(x, outcome.x_adv, y, index).broken.cpu()
-        outcome.attempted &= ~denied
-        again = denied.nonzero().squeeze(1)
-        if len(again) and not outcome.error:
-            keeper = self.journal.keeper(f"{name}-fp32")
-            with target.in_fp32():
-                outcome.replace(again, self._attack(planned, rows[again.to(rows.device)], keeper))
-            self.again += len(again)
-            seconds += keeper.seconds()
-        return outcome, seconds
+        broken = self.referee.judge(x, outcome.x_adv, y, index).broken
+        keeper = self.journal.keeper(f"{name}-fp32")
+        again = confirm(outcome, target, y, broken, lambda k: self._attack(planned, rows[k.to(rows.device)], keeper))
+        self.again += again
+        return outcome, seconds + keeper.seconds() * (again > 0)
 
     def _attack(self, planned: Planned, rows: Tensor, keeper: AttackKeeper) -> Outcome:
         arranged, spec = self.arranged, planned.spec.spec

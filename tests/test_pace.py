@@ -92,7 +92,8 @@ def timed(monkeypatch):
     def plant(rule):
         model = Small()
         target = Target(model, Surface(), 10)
-        monkeypatch.setattr(pace, "_seconds", lambda work, _device: rule(len(work.args[1]), work.args[2]))
+        monkeypatch.setattr(pace, "_seconds", lambda work, _device: (rule(len(work.args[1]), work.args[2]),) * 2)
+        monkeypatch.setattr(pace, "OWN", 0.0)
         return target
 
     return plant
@@ -112,6 +113,13 @@ def test_the_best_size_has_the_most_rows_a_second_and_of_equals_is_the_largest(t
     assert measure(target, X).batch_size == 128
     costs[304] = 0.5
     assert measure(target, X).batch_size == 304  # all points in one batch
+
+
+def test_what_the_engine_does_for_each_batch_counts(timed, monkeypatch):
+    target = timed(lambda rows, grad: rows * (1e-5 if rows < 304 else 1.05e-5))
+    assert measure(target, X).batch_size == 256
+    monkeypatch.setattr(pace, "OWN", 1e-3)  # 3.9 and 3.3 microseconds a row
+    assert measure(target, X).batch_size == 304
 
 
 def test_no_time_is_spent_on_sizes_that_are_hopeless_or_too_slow(timed):
