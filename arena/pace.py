@@ -21,12 +21,15 @@ from arena.target import DEFAULT_BATCH, PAD, Target, out_of_memory, padded
 
 #: Batch sizes that are tried, in this order.
 SIZES = (32, 64, 128, 256, 512, 1024)
-#: Timed pairs of passes a size, after one that is not; and seconds in which all sizes are tried.
-PASSES, ENOUGH = 3, 1.0
-#: Seconds that the engine's own work takes for each batch, whatever its size: a small model's batches are large.
-OWN = 5e-4
+#: Timed pairs of passes a size, after one that is not: at least, and at most in ``A_SIZE`` seconds.
+PASSES, MOST, A_SIZE = 3, 12, 0.1
+#: Seconds in which all sizes are tried.
+ENOUGH = 1.0
+#: Seconds that an attack's and the engine's own work takes for each batch, as measured on digits with square; so a
+#: small model's batches are large.
+OWN = 1e-3
 #: A larger batch counts as no slower up to here.
-NO_SLOWER = 1.02
+NO_SLOWER = 1.05
 #: From here on a larger batch is not tried.
 HOPELESS = 1.2
 #: Share of the free memory that a batch may take.
@@ -109,13 +112,14 @@ def _timed(target: Target, x: Tensor, size: int) -> tuple[float, Pace]:
     rows = x[torch.arange(size, device=x.device) % len(x)]
     times: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     began = time.perf_counter()
-    for turn in range(1 + PASSES):
+    for turn in range(1 + MOST):
         for grad, kept in times.items():
             kept.append(_seconds(partial(bare_pass, target, rows, grad), x.device))
-        if turn and time.perf_counter() - began > ENOUGH:
+        spent = time.perf_counter() - began
+        if spent > (ENOUGH if turn < PASSES else A_SIZE) and turn:
             break
     forward, both = (statistics.median(wall for wall, _ in t[1:]) / size for t in times.values())
-    return (min(work for _, work in times[True][1:]) + OWN) / size, Pace(size, forward, both)
+    return (sum(min(work for _, work in t[1:]) for t in times.values()) + OWN) / size, Pace(size, forward, both)
 
 
 def bare_pass(target: Target, x: Tensor, grad: bool) -> None:
