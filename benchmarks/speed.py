@@ -11,8 +11,8 @@ pairs; ``bare`` is what as many passes cost with nothing around them at the same
 right before each run. On a CPU both are CPU seconds of the process on one thread, which other work on the machine
 disturbs little; on a GPU they are wall seconds with the device waited for. ``broken`` is the referee's word.
 
-The digits nets are ``sat``, trained; the CIFAR-sized net is a ResNet-18 of width 16 with random weights, attacked at a
-small eps so that about half of the points stand: what a pass costs does not depend on what the weights are.
+The digits nets are ``sat``, trained; the CIFAR-sized net is a ResNet-18 of width 16 with random weights, attacked at an
+eps at which its points stand: what a pass costs does not depend on what the weights are.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from arena.threat import Threat
 from arena.watch import Silent
 
 #: Radius for the net of random weights.
-RANDOM_EPS = "1/2000"
+RANDOM_EPS = "4/255"
 #: Ways to search: (name, search copy or eager, precision, batch size or None for the best).
 WAYS = (
     ("eager, batch 256", False, "fp32", DEFAULT_BATCH),
@@ -60,7 +60,7 @@ WAYS = (
     ("cheaper", True, "fp32", None),
     ("cheaper, bf16", True, "bf16", None),
 )
-#: Options that count an attack's steps; ``--share`` scales them.
+#: Options that count steps; ``--share`` scales them.
 STEPS = ("steps", "queries")
 
 
@@ -170,10 +170,12 @@ def play(case: Case, attacks: Sequence[Planned], target: Target, referee: Refere
         x, y, index = case.x[standing], case.y[standing], case.index[standing]
         began = clock(device)
         outcome = run_iterated(attack, target, x, y, index)
+        seconds += clock(device) - began
         if target.precision == "bf16":
             word = referee.judge(x, outcome.x_adv, y, index).broken
+            began = clock(device)
             confirm(outcome, target, y, word, partial(_again, attack, target, x, y, index))
-        seconds += clock(device) - began
+            seconds += clock(device) - began
         if outcome.error:
             raise ArenaError(f"{planned.name}: {outcome.error}")
         standing[standing.clone()] = ~referee.judge(x, outcome.x_adv, y, index).broken
@@ -202,8 +204,10 @@ def bare(target: Target, x: Tensor, device: str, passes: int = 7) -> tuple[float
 
 
 def lined_up(entry: str, case: Case, share: float) -> list[Planned]:
-    """Return the attacks of an entry, their steps scaled."""
+    """Return the attacks of an entry; of a roster's, the steps are scaled."""
     (group,) = line_up((entry,), registry(), Surface(), case.threat, case.classes)
+    if group.roster is None:
+        return list(group.attacks)
     made = []
     for planned in group.attacks:
         steps = {k: max(1, round(int(v) * share)) for k, v in planned.options.items() if k in STEPS}  # type: ignore[call-overload]
@@ -229,7 +233,7 @@ def table(case: Case, entry: str, share: float, pairs: int, device: str, say: Ca
         faster = statistics.median(b.seconds / f.seconds for b, f in zip(runs[base], found, strict=True))
         cells = [
             case.name,
-            entry if share == 1 else f"{entry}, {share:g} of the steps",
+            entry if share == 1 or len(attacks) == 1 else f"{entry}, {share:g} of the steps",
             name,
             str(first.batch_size),
             str(first.forwards),
@@ -270,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", default="cnn,resnet_small", help="of cnn, resnet_small and cifar, joined by commas")
     parser.add_argument("--entries", default="pgd,autoattack", help="attacks and rosters, joined by commas")
-    parser.add_argument("--share", type=float, default=1.0, help="share of each attack's steps that is made")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the steps that a roster's attacks make")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each way")
     parser.add_argument("-n", type=int, default=500, help="points")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
