@@ -51,8 +51,6 @@ from arena.target import DEFAULT_BATCH, Target
 from arena.threat import Threat
 from arena.watch import Silent
 
-#: Radius for the net of random weights.
-RANDOM_EPS = "4/255"
 #: Ways to search: (name, search copy or eager, precision, batch size or None for the best).
 WAYS = (
     ("eager, batch 256", False, "fp32", DEFAULT_BATCH),
@@ -99,7 +97,7 @@ def digits(backbone: str, n: int, device: str) -> Case:
     return _right(f"digits {backbone}", lambda: contender.build().to(device), x, y, index.to(device), threat)
 
 
-def cifar(n: int, device: str) -> Case:
+def cifar(n: int, device: str, eps: str) -> Case:
     """Return a CIFAR-sized net with random weights, on random pictures that it names itself."""
 
     def build() -> nn.Module:
@@ -116,7 +114,7 @@ def cifar(n: int, device: str) -> Case:
     with torch.no_grad():
         y = build()(x).argmax(1)
     index = torch.arange(n, device=device)
-    return _right("3x32x32 resnet18 of width 16", build, x, y, index, Threat.parse("Linf", RANDOM_EPS))
+    return _right("3x32x32 resnet18 of width 16", build, x, y, index, Threat.parse("Linf", eps))
 
 
 def _right(name: str, build: Callable[[], nn.Module], x: Tensor, y: Tensor, index: Tensor, threat: Threat) -> Case:
@@ -277,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--share", type=float, default=1.0, help="share of the steps that a roster's attacks make")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each way")
     parser.add_argument("-n", type=int, default=500, help="points")
+    parser.add_argument("--eps", default="4/255", help="radius for the net of random weights")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("-o", metavar="FILE", type=Path, help="write the table there, else print it")
     given = parser.parse_args(arguments)
@@ -288,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     try:
         for net in given.nets.split(","):
-            case = cifar(given.n, given.device) if net == "cifar" else digits(net, given.n, given.device)
+            case = cifar(given.n, given.device, given.eps) if net == "cifar" else digits(net, given.n, given.device)
             for entry in given.entries.split(","):
                 lines += table(case, entry, given.share, given.pairs, given.device, lambda s: print(s, file=sys.stderr))
     except ArenaError as e:
