@@ -21,6 +21,7 @@ from arena.question import PROTOCOLS, Question, Running
 from arena.results import (
     SCHEMA,
 )
+from arena.schedule import PRECISIONS
 from arena.specs import DatasetSpec
 from arena.threat import Threat
 from arena.usermodels import OwnPlan
@@ -52,8 +53,8 @@ def arrange(question: Question, running: Running, registry: Registry) -> Arrange
     Raises:
         ArenaError: anything wrong with the question.
     """
-    if running.precision != "fp32":
-        raise ArenaError(f"--precision {running.precision}: not yet; the search runs in fp32")
+    if running.precision not in PRECISIONS:
+        raise unknown("precision", running.precision, PRECISIONS)
     if running.batch_size is not None and running.batch_size < 1:
         raise ArenaError(f"--batch-size {running.batch_size}: expected at least 1")
     if question.budget is not None and question.budget < 1:

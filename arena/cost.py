@@ -7,20 +7,12 @@ than the naturally correct points. What a plain attack costs nobody knows; such 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from arena.pace import Pace
 
-from arena.attack import Query
-from arena.contender import seeded
-from arena.target import Meter, Target
-
-#: Seconds that measuring the pace may take.
-MEASURE = 0.1
 #: Seconds of measured attacks from which on their pace corrects the forecast.
 TRUST = 1.0
 
@@ -36,19 +28,6 @@ class Bound:
     """(forwards, backwards) an example; None: nobody knows."""
     alone: bool
     """It meets all points, whatever the attacks before it broke."""
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Seconds that one row takes in a batch of the size in use."""
-
-    forward: float
-    gradient: float
-    """A forward and its backward."""
-
-    def seconds(self, forwards: int, backwards: int) -> float:
-        """Return the bare time of passes, without what the attacks do between them."""
-        return max(forwards - backwards, 0) * self.forward + backwards * self.gradient
 
 
 @dataclass(frozen=True)
@@ -87,49 +66,8 @@ class Bill:
             text += f", and what nobody knows of {', '.join(self.unknown)}"
         if pace is None or not total:
             return text
-        seconds = pace.seconds(self.forwards, self.backwards)
+        seconds = pace.bare(self.forwards, self.backwards)
         return f"{text}; about {lasting(seconds)} at {brief(total / seconds)} passes/s"
-
-
-def measure(target: Target, x: Tensor, y: Tensor) -> Pace | None:
-    """Time a few passes of a search copy, at its batch size where ``MEASURE`` seconds allow; None if it raises.
-
-    Nothing is counted, and the global generator is left as it was. A first batch of 8 rows, which pays for what is done
-    once, is not timed; batches grow from there, and the largest one is repeated while there is time.
-
-    Args:
-        target: a search copy.
-        x: images (N, C, H, W), N at least 1.
-        y: labels (N,).
-    """
-    before, wanted, rows = target.meter, min(target.batch_size, len(x)), min(8, len(x))
-    target.meter = Meter()
-    try:
-        with seeded(0):
-            _timed(target, x[:rows], y[:rows], True)
-            began, seen = time.monotonic(), [0.0, 0.0, 0]
-            while True:
-                seen[0] += _timed(target, x[:rows], y[:rows], False)
-                seen[1] += _timed(target, x[:rows], y[:rows], True)
-                seen[2] += rows
-                pace = Pace(seen[0] / seen[2], seen[1] / seen[2])
-                more = min(4 * rows, wanted)
-                if time.monotonic() - began + more * (pace.forward + pace.gradient) > MEASURE:
-                    return pace
-                if more > rows:
-                    rows, seen = more, [0.0, 0.0, 0]
-    except Exception:  # the defense's code: what is wrong with it is said where it is checked and attacked
-        return None
-    finally:
-        target.meter = before
-
-
-def _timed(target: Target, x: Tensor, y: Tensor, grad: bool) -> float:
-    began = time.perf_counter()
-    target.answer(Query(x.unsqueeze(1), objective="ce" if grad else None, grad=grad), y)
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    return max(time.perf_counter() - began, 1e-9)
 
 
 class Forecast:
@@ -155,13 +93,13 @@ class Forecast:
             return None
         met = self.bill.points if points is None else points
         slower = self._took / self._bare if self._took >= TRUST and self._bare else 1.0
-        return slower * met * self.pace.seconds(*bound.passes)
+        return slower * met * self.pace.bare(*bound.passes)
 
     def took(self, forwards: int, backwards: int, seconds: float) -> None:
         """Take in what an attack that ran from its beginning has really cost."""
         if self.pace is not None:
             self._took += seconds
-            self._bare += self.pace.seconds(forwards, backwards)
+            self._bare += self.pace.bare(forwards, backwards)
 
 
 def brief(number: float) -> str:

@@ -63,6 +63,41 @@ class Outcome:
         claim = torch.full((len(x),), -1, dtype=torch.int8)
         return cls(x.clone(), zeros.bool(), zeros.clone(), zeros.clone(), claim, zeros.bool())
 
+    def claimed(self, target: Target, y: Tensor) -> Tensor:
+        """Return which finished rows the search took for broken, (N,) bool: they left early, were seen or say so still.
+
+        ``y`` (N,) are the labels; looking at the points once more is not counted.
+        """
+        wrong = target.clean(self.x_adv)[:, 0].argmax(1) != y
+        return self.attempted & ((self.forwards < self.most) | self.seen | wrong.cpu())
+
+    def replace(self, rows: Tensor, other: Outcome) -> None:
+        """Put in the outcome of another run over ``rows`` (positions, (M,)); the passes of both count."""
+        for name in ("x_adv", "attempted", "claim", "seen"):
+            getattr(self, name)[rows.to(getattr(self, name).device)] = getattr(other, name)
+        self.forwards[rows] += other.forwards
+        self.backwards[rows] += other.backwards
+        self.moved = self.moved or other.moved
+        self.error, self.trace = other.error, other.trace
+
+
+def confirm(outcome: Outcome, target: Target, y: Tensor, broken: Tensor, again: Callable[[Tensor], Outcome]) -> int:
+    """Attack in fp32 once more what a search in lower precision took for broken and the referee does not.
+
+    ``y`` (N,) are labels, ``broken`` (N,) the referee's word, ``again`` attacks rows by their positions. Changes
+    ``outcome`` and returns how many rows these were. After a crash none is attacked: they were then not attempted.
+    """
+    denied = outcome.claimed(target, y) & ~broken.cpu()
+    rows = denied.nonzero().squeeze(1)
+    if not len(rows):
+        return 0
+    outcome.attempted &= ~denied
+    if outcome.error:
+        return 0
+    with target.in_fp32():
+        outcome.replace(rows, again(rows))
+    return len(rows)
+
 
 class Keeper(Protocol):
     """Keeps finished rows and snapshots of one attack, so that a killed run goes on (``arena.journal``)."""

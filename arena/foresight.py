@@ -12,11 +12,12 @@ from typing import Any
 
 from arena.arrangement import arrange
 from arena.contender import Contender
-from arena.cost import Bill, Pace
+from arena.cost import Bill
 from arena.datasets import describe
 from arena.home import home
 from arena.journal import Journal
 from arena.lineup import Group
+from arena.pace import Pace
 from arena.playing import Playing
 from arena.plugins import Registry
 from arena.question import Question, Running
@@ -63,7 +64,7 @@ def foresee(question: Question, running: Running, registry: Registry) -> Foresee
     with one_thread(small(running.device, contender.parameters, arranged.images.shape)):
         groups, bill, findings = match.prepare(trained)
         void = trained and any(i.flag and i.fatal for i in findings)
-        pace = None if void else match.pace()
+        pace = None if void else match.search().pace
     if void:
         remarks += [f"no attack would be played: {i.evidence}" for i in findings if i.flag and i.fatal]
     known = None if running.replay or running.retrain else _stored(arranged.key)

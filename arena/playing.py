@@ -21,11 +21,10 @@ from arena.auditing.run import audit_match
 from arena.budget import Prices, said, within
 from arena.check import check_defense
 from arena.contender import Contender, seeded
-from arena.cost import Bill, Forecast, Pace, bill_of, measure
+from arena.cost import Bill, Forecast, bill_of
 from arena.datasets import to_float
 from arena.diagnosis import diagnose
 from arena.engine import Outcome, run_iterated, run_plain
-from arena.guard import Guard
 from arena.heading import heading
 from arena.journal import AttackKeeper, Journal
 from arena.lending import lend
@@ -47,9 +46,9 @@ from arena.results import (
     worst_case,
 )
 from arena.rng import Stream
+from arena.search import Search
 from arena.specs import Indicator, load
 from arena.store import Outcomes
-from arena.target import DEFAULT_BATCH, Target
 from arena.trained import near_chance
 from arena.watch import Watch
 
@@ -78,6 +77,7 @@ class Playing:
         self.referee = Referee(self.build(), arranged.threat, self.surface.random, device)
         self.n_classes = images.n_classes
         """Width of the logits, known after the check; at least the data set's classes."""
+        self._search: Search | None = None
         self.examples: dict[int, Tensor] = {}
         """The first verified break of each point, by position."""
         self.paper = arranged.question.protocol == "paper"
@@ -89,16 +89,12 @@ class Playing:
     def build(self) -> torch.nn.Module:
         return self.contender.build().to(self.running.device)
 
-    def _search_copy(self) -> None:
-        """Give the attacks a fresh copy of the model, and note what it looks like."""
-        self.target = Target(
-            self.build(),
-            self.surface,
-            self.n_classes,
-            self.running.batch_size or DEFAULT_BATCH,
-            self.running.device,
-        )
-        self.guard = Guard(self.target, self.x)
+    def search(self) -> Search:
+        """Return what the attacks query; it is made, and its pace measured, when first asked for."""
+        if self._search is None:
+            met = torch.ones_like(self.correct) if self.paper else self.correct
+            self._search = Search(self.build, self.surface, self.n_classes, self.x, met, self.running)
+        return self._search
 
     def prepare(self, trained: bool = True) -> tuple[list[Group], Bill, list[Indicator]]:
         """Check the model, score the clean points, line up the attacks; return them, their bill, and the findings.
@@ -113,19 +109,14 @@ class Playing:
         own = evaluation_of(arranged.plan)
         groups = line_up(arranged.entries, self.registry, self.surface, arranged.threat, self.n_classes, own)
         seed = arranged.question.seed
-        prices = Prices(lambda p: self._setup(Stream.of(seed, p.name), lambda name: None), self._draws())
+        tries = 2 if self.running.precision == "bf16" and not self.surface.random else 1
+        prices = Prices(lambda p: self._setup(Stream.of(seed, p.name), lambda name: None), self._draws(), tries)
         groups = [within(group, arranged.question.budget, prices.cost) for group in groups]
         for text in filter(None, map(said, groups)):
             self.watch.say(text)
         points = len(self.y) if self.paper else int(self.correct.sum())
         alone = self.paper or self.running.matrix
         return groups, bill_of(groups, lambda p: prices.played(p, arranged.threat), points, alone), findings
-
-    def pace(self) -> Pace | None:
-        """Measure how fast the search copy is, and make it if there is none."""
-        if not hasattr(self, "target"):
-            self._search_copy()
-        return measure(self.target, self.x, self.y)
 
     def run(self) -> tuple[dict[str, Any], Outcomes]:
         """Play everything; return the record and what became of each point."""
@@ -135,8 +126,10 @@ class Playing:
         self.registry.announce("arena_match_started", record=copy.deepcopy(record))
         rows: list[tuple[Group, Played]] = []
         if not any(i.flag and i.fatal for i in findings):
-            self._search_copy()
-            pace = self.pace()
+            search = self.search()
+            pace = search.pace
+            if what := search.guard.changed():
+                findings.append(_changes(f"while its passes were timed, the model changed: {what}"))
             self.forecast, self.place = Forecast(bill, pace), -1
             self.watch.say(bill.line(pace))
             for group in groups:
@@ -187,10 +180,17 @@ class Playing:
             played.begun, played.status, played.error = False, "partial", f"not played: {self.limit} was up"
             return played
         name = hashlib.sha256(f"{group.name}\n{planned.name}".encode()).hexdigest()[:12]
-        keeper = self.journal.keeper(f"{number:03d}-{name}")
-        before, began = keeper.seconds(), time.monotonic()
+        at, began = rows.to(self.x.device), time.monotonic()
+        x, y, index = self.x[rows], self.y[rows], self.index[rows]
         try:
-            outcome = self._attack(planned, rows.to(self.x.device), keeper)
+            outcome, played.seconds = self.search().attack(
+                planned,
+                y,
+                lambda some, keeper: self._attack(planned, at[some.to(at.device)], keeper, len(rows)),
+                lambda added: self.journal.keeper(f"{number:03d}-{name}{added}"),
+                lambda found: self.referee.judge(x, found.x_adv, y, index).broken,
+                lambda: self.limit.up,
+            )
         except Unsupported as e:
             played.status, played.error = "unsupported", str(e)
             return played
@@ -198,17 +198,17 @@ class Playing:
             played.status, played.error = "failed", f"{type(e).__name__}: {e}"
             played.trace = traceback.format_exc()
             return played
-        played.seconds = max(keeper.seconds(), before)
         if played.seconds < 1.5 * (time.monotonic() - began):  # most of it is this run's
             self.forecast.took(int(outcome.forwards.sum()), int(outcome.backwards.sum()), played.seconds)
         self.stopped |= not outcome.error and not bool(outcome.attempted.all())
-        verdict = self.referee.judge(self.x[rows], outcome.x_adv, self.y[rows], self.index[rows])
+        verdict = self.referee.judge(x, outcome.x_adv, y, index)
         self._enter(played, rows, outcome, verdict)
         self._still_the_same(planned, played, findings)
         return played
 
-    def _attack(self, planned: Planned, rows: Tensor, keeper: AttackKeeper) -> Outcome:
-        arranged, spec = self.arranged, planned.spec.spec
+    def _attack(self, planned: Planned, rows: Tensor, keeper: AttackKeeper, met: int) -> Outcome:
+        """Attack points, by position, of the ``met`` ones that the attack meets in all."""
+        arranged, spec, target = self.arranged, planned.spec.spec, self.search().target
         x, y, index = self.x[rows], self.y[rows], self.index[rows]
         stream = Stream.of(arranged.question.seed, planned.name)
         if spec.iterate:
@@ -218,12 +218,12 @@ class Playing:
                 load(spec.iterate)(setup, **planned.options), arranged.threat, 8 if spec.kind == "minimal" else 1
             )
             draws = self._draws()
-            self._phase(planned, len(x) * bound(attack, draws), "forwards", len(x))
+            self._phase(planned, len(x) * bound(attack, draws), "forwards", met)
             # A random model draws from the global generator: the same match draws the same numbers.
             with seeded(int(stream.bits(self.index[:1], 0, 0, 1)[0, 0])):
                 return run_iterated(
                     attack,
-                    self.target,
+                    target,
                     x,
                     y,
                     index,
@@ -235,11 +235,11 @@ class Playing:
                 )
         assert spec.run is not None
         options = dict(planned.options)
-        self._phase(planned, len(x), "points", len(x))
+        self._phase(planned, len(x), "points", met)
         function: Callable[..., Any] = load(spec.run)
         return run_plain(
             function,
-            self.target,
+            target,
             x,
             y,
             index,
@@ -265,8 +265,9 @@ class Playing:
 
     def _lend(self, name: str) -> None:
         """Put another defense's model at the target's disposal."""
-        if name not in self.target.sources:
-            self.target.sources[name] = lend(name, self.arranged, self.registry, self.running.device, self.watch)
+        sources = self.search().target.sources
+        if name not in sources:
+            sources[name] = lend(name, self.arranged, self.registry, self.running.device, self.watch)
 
     def _enter(self, played: Played, rows: Tensor, outcome: Outcome, verdict: Judgement) -> None:
         """Write the referee's word into the row; verified breaks always count."""
@@ -308,22 +309,14 @@ class Playing:
 
     def _still_the_same(self, planned: Planned, played: Played, findings: list[Indicator]) -> None:
         """Check that the search copy is what it was. An ask/tell attack cannot touch it: then the defense did it."""
-        what = self.guard.changed()
+        what = self.search().guard.changed()
         if not what:
             return
         if planned.spec.spec.run:
             played.status, played.error = "failed", f"the attack changed the model: {what}"
         else:
-            findings.append(
-                Indicator(
-                    "defense_changes",
-                    True,
-                    evidence=f"while {planned.name} attacked, the model changed: {what}",
-                    remedy="make forward in eval mode free of side effects, then play again",
-                    fatal=True,
-                )
-            )
-        self._search_copy()
+            findings.append(_changes(f"while {planned.name} attacked, the model changed: {what}"))
+        self.search().renew()
 
     def _row(self, played: Played, unique: int | None = None) -> dict[str, Any]:
         row = attack_row(played, self.correct, unique)
@@ -372,6 +365,8 @@ class Playing:
         natural, k = record["natural"]["accuracy"], self.arranged.images.n_classes
         if near_chance(natural, k):
             record["notes"].append(f"natural accuracy {natural:.1f} % is near chance ({100 / k:.1f} %): is it trained?")
+        if self._search is not None:
+            self._search.enter(record)
         record["provenance"]["seconds"] = round(time.monotonic() - self.clock, 3)
         outcomes = Outcomes.of(self.arranged.index, self.correct, self.correct & ~standing)
         return record, outcomes
@@ -381,3 +376,8 @@ class Playing:
             return None
         model = self.build()
         return diagnose(model, self.surface, self.x, self.y, x_adv.to(self.x.device), self.n_classes)
+
+
+def _changes(evidence: str) -> Indicator:
+    remedy = "make forward in eval mode free of side effects, then play again"
+    return Indicator("defense_changes", True, evidence=evidence, remedy=remedy, fatal=True)

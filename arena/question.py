@@ -39,12 +39,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Running:
-    """How it is answered: nothing here changes what the attacks find."""
+    """How it is answered: with the precision as the one exception, nothing here changes what the attacks find."""
 
     device: str = "auto"
     batch_size: int | None = None
     """Largest physical batch; None chooses."""
     precision: str = "fp32"
+    """Of the search, ``fp32`` or ``bf16``; the referee judges in fp32."""
     replay: bool = False
     """Attack again although a result is stored."""
     retrain: bool = False

@@ -71,7 +71,7 @@ class Select(nn.Module):
             soft = hard + (soft - soft.detach())  # in this order the forward value is exactly the hard one
         elif mode.kind != "soft":
             raise ValueError(f"Select: unknown mode '{mode.kind}'")
-        return torch.tensordot(soft, table, dims=1)
+        return torch.tensordot(soft.to(table.dtype), table, dims=1)  # under autocast the softmax is in fp32
 
 
 @contextmanager

@@ -7,6 +7,8 @@ and give other last bits (measured on CPU, fp32: batches of 1, 2, 7 and 9 differ
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -58,6 +60,8 @@ class Target:
     meter: Meter = field(default_factory=Meter)
     sources: dict[str, nn.Module] = field(default_factory=dict)
     """Other models by name, for surrogates that are one of them; in eval mode, without gradients of parameters."""
+    precision: str = "fp32"
+    """``fp32``, or ``bf16``: passes under autocast; what is read of them is brought to fp32."""
 
     def __post_init__(self) -> None:
         self.batch_size = padded(self.batch_size)
@@ -65,6 +69,19 @@ class Target:
         self._reader = Reader(self.model, self.surface)
         selects(self.model, self.surface)  # a declared choice that is none is said before the first pass
         self.module = CountedModule(self)
+
+    def close(self) -> None:
+        """Remove the hooks from the model."""
+        self._reader.close()
+
+    @contextmanager
+    def in_fp32(self) -> Iterator[None]:
+        """Make all passes inside in fp32."""
+        before, self.precision = self.precision, "fp32"
+        try:
+            yield
+        finally:
+            self.precision = before
 
     def logits(self, x: Tensor) -> Tensor:
         """Return main logits (N, K) of images (N, C, H, W), without gradient."""
@@ -86,7 +103,7 @@ class Target:
         self.module.note(x)
         count = len(x)
         self.meter.forwards += count
-        seen = x.float().view_as(x)
+        seen = _plainly(x)
         if seen.requires_grad:
             seen.register_hook(lambda _grad: self._counted(count))
         reading = self._reader(pad(seen))
@@ -112,10 +129,20 @@ class Target:
             wants = some
         rows = torch.arange(n, device=y.device).repeat_interleave(m) if m > 1 else None
         flat = query.points.flatten(0, 1)
-        parts = [
-            self._batch(query, flat, y, rows, slice(i, i + self.batch_size), bool(wants) and query.climbs)
-            for i in range(0, n * m, self.batch_size)
-        ]
+        parts, start, total = [], 0, n * m
+        while start < total:
+            stop = min(start + self.batch_size, total)
+            try:
+                parts.append(self._batch(query, flat, y, rows, slice(start, stop), bool(wants) and query.climbs))
+                start = stop
+            except Exception as e:
+                if not out_of_memory(e) or self.batch_size == PAD:
+                    raise
+                full = True
+            else:
+                full = False
+            if full:  # outside the handler, where nothing holds the failed pass any more
+                self.shrink()
         values, logits, errors, grads, scores, gates = (_joined([p[k] for p in parts]) for k in range(6))
         assert values is not None
         assert logits is not None
@@ -128,6 +155,12 @@ class Target:
             None if scores is None else scores.view(n, m, *scores.shape[1:]),
             None if gates is None else gates.view(n, m, -1),
         )
+
+    def shrink(self) -> None:
+        """Halve the batch size, because the device's memory is full; outcomes do not depend on it."""
+        self.batch_size = padded(max(PAD, self.batch_size // 2))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _mixed(self, query: Query, y: Tensor, wants: Tensor) -> Answer:
         """Answer a query some of whose rows want a gradient: two groups, so that no gradient is wasted."""
@@ -166,15 +199,15 @@ class Target:
         draws = [query.draws] * 6
         for _ in range(query.draws):
             _add(totals, self._pass(query, x, labels, grad), count)
-        self.meter.forwards += count * query.draws
-        self.meter.backwards += count * query.draws * grad
         if query.surrogate:
             totals[1:3], draws[1:3] = [None, None], [query.looks, query.looks]
             for _ in range(query.looks):
                 with torch.no_grad():
-                    logits = self._reader(x).logits
+                    logits = self._cast(self._reader, x).logits
                 _add(totals, (None, logits, _errors(logits, labels)), count)
-            self.meter.forwards += count * query.looks
+        # Counted last: a batch that the memory does not hold is asked again.
+        self.meter.forwards += query.forwards // query.points.shape[1] * count
+        self.meter.backwards += count * query.draws * grad
         return tuple(t / n if t is not None and n > 1 else t for t, n in zip(totals, draws, strict=True))
 
     def _pass(self, query: Query, x: Tensor, y: Tensor, grad: bool) -> tuple[Tensor | None, ...]:
@@ -190,12 +223,40 @@ class Target:
                 if not value.requires_grad:  # the objective does not depend on x: a gradient of exact zeros
                     gradient = torch.zeros_like(leaf)
                 else:
-                    gradient = torch.autograd.grad(value.sum(), leaf)[0]
+                    gradient = torch.autograd.grad(value.sum(), leaf)[0].contiguous()
         return value, reading.logits, _errors(reading.logits, y), gradient, scores, gates
 
     def _read(self, x: Tensor, query: Query) -> Reading:
         source = query.surrogate.source if query.surrogate else ""
-        return Reading(self.sources[source](x), {}, {}) if source else self._reader(x)
+        if source:
+            return Reading(self.sources[source](x), {}, {})
+        return self._cast(self._reader, x)
+
+    def _cast(self, read: Reader, x: Tensor) -> Reading:
+        if self.precision == "fp32":
+            return read(x)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            seen = read(x)
+        heads, gates = ({k: v.float() for k, v in part.items()} for part in (seen.heads, seen.gates))
+        return Reading(seen.logits.float(), heads, gates)
+
+
+def _plainly(x: Tensor) -> Tensor:
+    """Return images (N, C, H, W) in fp32 whose gradient will be contiguous.
+
+    That of a channels-last model is not, and code that was not written for one takes views of it.
+    """
+    seen = x.float().view_as(x)
+    if seen.requires_grad:
+        seen.register_hook(lambda grad: grad.contiguous())
+    return seen
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether a pass failed for want of memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # the CPU allocator's words
 
 
 def _errors(logits: Tensor, y: Tensor) -> Tensor:
@@ -293,7 +354,7 @@ class CountedModule(nn.Module):
         self.note(x)
         count = x.shape[0]
         target.meter.forwards += count
-        out: Tensor = target.model(pad(x.float()))[:count]
+        out: Tensor = target.model(pad(_plainly(x)))[:count]
         if out.requires_grad:
 
             def counted(_grad: Tensor) -> None:

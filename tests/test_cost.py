@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arena.cost import Bill, Bound, Forecast, Pace, brief, lasting, measure
+from arena.cost import Bill, Bound, Forecast, brief, lasting
 from arena.foresight import foresee
 from arena.home import home
 from arena.match import play
+from arena.pace import Pace
 from arena.plugins import registry
 from arena.question import Question, Running
-from arena.surface import Surface
-from arena.target import Target
 from arena.watch import Silent
 
 MODEL = """
@@ -148,40 +146,21 @@ def test_a_plan_trains_nothing_and_says_what_it_does_not_know(arena_home):
     assert "natural accuracy is not known" in text
 
 
-def test_the_pace_is_measured_without_a_count_or_a_draw():
-    target = Target(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3)), Surface(), 3)
-    state = torch.get_rng_state()
-    pace = measure(target, torch.rand(40, 1, 4, 4, generator=torch.Generator()), torch.zeros(40, dtype=torch.int64))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert pace is not None
-    assert min(pace.forward, pace.gradient) > 0
-    assert (target.meter.forwards, target.meter.backwards) == (0, 0)
-
-
-def test_a_model_that_raises_has_no_pace():
-    class Broken(torch.nn.Module):
-        def forward(self, x):
-            raise RuntimeError("planted")
-
-    x = torch.zeros(2, 1, 4, 4)
-    assert measure(Target(Broken(), Surface(), 3), x, torch.zeros(2, dtype=torch.int64)) is None
-
-
 def test_the_forecast_follows_what_stands_and_how_fast_it_really_goes():
     bounds = (Bound("r", "a", (10, 0), False), Bound("r", "b", (20, 0), False), Bound("s", "c", (1, 0), False))
-    forecast = Forecast(Bill(bounds, 100), Pace(0.01, 0.03))
+    forecast = Forecast(Bill(bounds, 100), Pace(8, 0.01, 0.03))
     assert forecast.ahead(0, 100) == (pytest.approx(10), pytest.approx(20 + 1), False)
     forecast.took(500, 0, 10.0)  # 5 s of bare passes
     assert forecast.ahead(1, 50) == (pytest.approx(20), pytest.approx(2), False)  # another entry meets all again
     unknown = Bill((*bounds, Bound("t", "plain", None, False)), 100)
     assert forecast.ahead(2, 100)[2] is False
-    assert Forecast(unknown, Pace(0.01, 0.03)).ahead(2, 100) == (pytest.approx(1), 0, True)
+    assert Forecast(unknown, Pace(8, 0.01, 0.03)).ahead(2, 100) == (pytest.approx(1), 0, True)
     assert Forecast(unknown, None).ahead(0, 100) == (None, 0, True)
 
 
 def test_a_line_of_known_numbers():
     bill = Bill((Bound("r", "a", (101, 101), False), Bound("r", "b", (1800, 900), False)), 493)
-    assert bill.line(Pace(0.0001, 0.0003)) == (
+    assert bill.line(Pace(8, 0.0001, 0.0003)) == (
         "at most 1.5 M passes (2 attacks, 493 points); about 3 minutes at 7.5k passes/s"
     )
     assert bill.line(None) == "at most 1.5 M passes (2 attacks, 493 points)"

@@ -110,8 +110,6 @@ def command(
       arena match fgaa_sat --plan
       arena match fgaa_sat --time-limit 10m
     """
-    if given["precision"] != "fp32":
-        raise ArenaError("--precision bf16: not yet; the search runs in fp32")
     check_destination(json_to)
     options.refuse_bare_file(defense)
     if fail_under is not None and math.isnan(fail_under):

@@ -322,6 +322,9 @@ def _handles(console: Console, record: Record, store: Store | None) -> None:
     console.print()
     kept = ", not stored: the match was stopped" if record.get("stopped") else ""
     console.print(cell(f"result    {record['id']}{kept}" + (f"   ({clock(seconds)})" if seconds else "")))
+    passes = _passes(record)
+    if passes:
+        console.print(cell(passes))
     file = (record.get("examples") or {}).get("file")
     if file:
         path = Path(file) if Path(file).is_absolute() else home() / file
@@ -336,6 +339,23 @@ def _handles(console: Console, record: Record, store: Store | None) -> None:
     if kept:
         return
     console.print(f"re-score  {shlex.join(words)}", soft_wrap=True)
+
+
+def _passes(record: Record) -> str:
+    """Say how the search's seconds compare with those of its bare passes, and what the passes were."""
+    provenance = record.get("provenance") or {}
+    bare, search = provenance.get("bare_seconds"), provenance.get("search") or {}
+    if not bare:
+        return ""
+    seconds = sum(row.get("seconds") or 0.0 for row in record["rosters"])
+    words = [f"passes    {seconds / bare:.2f} times their bare cost of {clock(bare)}"]
+    words += [f"batch {search['batch_size']}"] if search.get("batch_size") else []
+    words += [f"{search['folded']} batch norms folded"] if search.get("folded") else []
+    words += ["channels last"] if search.get("channels_last") else []
+    words += ["bf16"] if search.get("precision") == "bf16" else []
+    words += [f"{search['again']} points once more in fp32"] if search.get("again") else []
+    words += [str(search["note"])] if search.get("note") else []
+    return ", ".join(words)
 
 
 def spaced(name: str) -> str:

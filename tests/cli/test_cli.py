@@ -44,7 +44,7 @@ sys.exit(code)
         "show 0123",
         "mtch",
         "match --vs",
-        "match sat --precision bf16",
+        "match sat --precision fp16",
     ],
 )
 def test_light_commands_import_nothing_heavy(plant, record, line):

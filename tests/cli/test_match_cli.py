@@ -170,7 +170,7 @@ def test_bugs_keep_their_traceback(arena, played):
         ("match sat --qqqqqq 3", "unknown option '--qqqqqq'; see --help"),
         ("match", "Missing argument 'DEFENSE|CARD.toml'"),
         ("match sat more", "Got unexpected extra argument (more)"),
-        ("match sat --precision bf16", "--precision bf16: not yet; the search runs in fp32"),
+        ("match sat --precision fp16", "Invalid value for '--precision': 'fp16' is not one of 'fp32', 'bf16'"),
         ("match sat --batch-size 0", "--batch-size '0': expected auto or a whole number of at least 1"),
         ("match sat --batch-size many", "--batch-size 'many': expected auto or a whole number of at least 1"),
         ("match sat --device gpu", "--device 'gpu': expected auto, cpu, cuda, cuda:N or mps"),

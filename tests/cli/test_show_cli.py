@@ -39,6 +39,19 @@ def test_the_screen(arena, plant, record):
     assert f"{'home'}/examples/0123456789ab.npz" in text
 
 
+def test_the_passes_are_one_line(arena, plant, record):
+    plant(record)
+    assert "bare cost" not in arena("show", "0123").out
+    seconds = sum(r["seconds"] for r in record["rosters"])
+    search = {"folded": 4, "channels_last": True, "precision": "bf16", "batch_size": 504, "again": 2, "note": ""}
+    record["provenance"] |= {"bare_seconds": seconds / 1.25, "search": search}
+    record["id"] = "f" * 12
+    plant(record)
+    text = squeeze(arena("show", "ffff").out)
+    assert "passes 1.25 times their bare cost of 40 s, batch 504, 4 batch norms folded, channels last, bf16" in text
+    assert "2 points once more in fp32" in text
+
+
 def test_eighty_columns_hold_everything(arena, plant, record):
     record["attacks"][0]["name"] = "art:SomeVeryLongClassName(option_one=0.123456,option_two=0.654321,steps=1000)"
     record["attacks"][1]["violations"] = {"outside_ball": 12345, "outside_box": 3}

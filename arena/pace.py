@@ -1,0 +1,184 @@
+"""How fast a search copy's bare passes are, and at which batch size: measured once a match, in about 0.2 seconds.
+
+Out of it come the batch size, the time told before the start (``arena.cost``), and the bare cost of an attack: what its
+forwards and backwards would have taken with nothing around them. A result's seconds over its bare seconds is the
+engine's overhead. Batch sizes change no outcome, so a timing may choose one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from arena.contender import seeded
+from arena.target import DEFAULT_BATCH, PAD, Target, out_of_memory, padded
+
+#: Batch sizes that are tried, in this order; before them one of ``PAD`` rows, which says what they will take.
+SIZES = (32, 64, 128, 256, 512, 1024)
+#: Timed pairs of passes a size, after one that is not: at least, and at most in ``A_SIZE`` seconds.
+PASSES, MOST, A_SIZE = 2, 12, 0.01
+#: Seconds in which all sizes are tried. What a first batch of ``PAD`` rows takes is not among them.
+ENOUGH = 0.2
+#: Seconds that an attack's and the engine's own work takes for each batch, as measured on digits with square; so a
+#: small model's batches are large.
+OWN = 1e-3
+#: A larger batch counts as no slower up to here.
+NO_SLOWER = 1.05
+#: From here on a larger batch is not tried.
+HOPELESS = 1.2
+#: Share of the free memory that a batch may take.
+SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What bare passes of a model cost."""
+
+    batch_size: int
+    """Rows a pass."""
+    forward: float
+    """Seconds a row of a forward without gradient, median."""
+    both: float
+    """Seconds a row of a forward with gradient and its backward, median."""
+
+    def bare(self, forwards: int, backwards: int) -> float:
+        """Return the seconds that so many forwards and backwards cost with nothing around them."""
+        return max(forwards - backwards, 0) * self.forward + backwards * self.both
+
+
+def measure(target: Target, x: Tensor, batch_size: int | None = None) -> Pace | None:
+    """Measure a target's bare passes on images (N, C, H, W), at the given batch size or at the best.
+
+    The best is the one with the most rows a second among ``SIZES`` up to N that fit into memory and into the time.
+    Sets the target's batch size. Where the time does not reach up to it, the passes of the largest batch that was timed
+    stand for it. Nothing is counted, and the global generator is left as it was.
+
+    Returns:
+        The pace; None for a model that cannot be measured, say because its gradient raises: it gets the default size.
+    """
+    wanted = None if batch_size is None else padded(batch_size)
+    try:
+        with seeded(0):
+            found = _measured(target, x, wanted)
+    except Exception:  # the attacks will meet the same, and say so each for itself
+        target.batch_size = wanted or DEFAULT_BATCH
+        return None
+    target.batch_size = found.batch_size
+    return found
+
+
+def _measured(target: Target, x: Tensor, wanted: int | None) -> Pace:
+    most = min(padded(len(x)), wanted or SIZES[-1])
+    small = _timed(target, x, PAD, 0.0)
+    last, spent, full = small, 0.0, 0
+    limit, a_row = float("inf"), 0.0
+    found: list[_Timed] = []
+    for size in (*(s for s in SIZES if s < most), most):
+        soon = spent + (1 + PASSES) * size * (last.pace.forward + last.pace.both)
+        if soon > ENOUGH or (wanted is None and found and found[-1].cost > HOPELESS * min(f.cost for f in found)):
+            break
+        try:
+            if wanted is None and not a_row:
+                limit, a_row = SHARE * free_memory(target.device), memory_of_a_row(target, x[:PAD])
+            if a_row * size > limit:
+                full = size
+                break
+            last = _timed(target, x, size, spent)
+        except Exception as e:
+            if not out_of_memory(e):
+                raise
+            full = size
+            break
+        found.append(last)
+        spent += last.took
+    if wanted is not None:
+        while full and wanted >= full:
+            wanted = padded(wanted // 2)
+        return replace(last.pace, batch_size=wanted)
+    if not found:  # the smallest does not fit, or the time is up
+        return small.pace if full else replace(small.pace, batch_size=min(SIZES[0], most))
+    least = min(f.cost for f in found)
+    return [f.pace for f in found if f.cost <= least * NO_SLOWER][-1]
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """One size, timed."""
+
+    cost: float
+    """CPU seconds a row of the fastest passes, which other work on the machine disturbs least: sizes are compared by
+    it."""
+    pace: Pace
+    took: float
+    """Seconds that the timing took."""
+
+
+def _timed(target: Target, x: Tensor, size: int, spent: float) -> _Timed:
+    rows = x[torch.arange(size, device=x.device) % len(x)]
+    times: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    began, took = time.perf_counter(), 0.0
+    for turn in range(1 + MOST):
+        for grad, kept in times.items():
+            kept.append(_seconds(partial(bare_pass, target, rows, grad), x.device))
+        took = time.perf_counter() - began
+        if turn and took > A_SIZE and (turn >= PASSES or spent + took > ENOUGH):
+            break
+    forward, both = (statistics.median(wall for wall, _ in t[1:]) / size for t in times.values())
+    cost = (sum(min(work for _, work in t[1:]) for t in times.values()) + OWN) / size
+    return _Timed(cost, Pace(size, forward, both), took)
+
+
+def bare_pass(target: Target, x: Tensor, grad: bool) -> None:
+    """Run the model once on a batch, in the target's precision, with nothing around it; and once back."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=target.precision == "bf16"):
+        leaf = x.detach().requires_grad_(grad)
+        with torch.set_grad_enabled(grad):
+            out = target.model(leaf)
+    if grad and out.requires_grad:
+        torch.autograd.grad(out.sum(), leaf, allow_unused=True)
+
+
+def _seconds(work: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """Return the wall seconds of some work, and its CPU seconds, which on a GPU are wall seconds too."""
+    gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.synchronize(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    if gpu:
+        torch.cuda.synchronize(device)
+    took = time.perf_counter() - wall
+    return took, took if gpu else time.process_time() - cpu
+
+
+def memory_of_a_row(target: Target, x: Tensor) -> float:
+    """Return the bytes that a row's forward keeps for its backward."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        kept[place] = max(kept.get(place, 0), tensor.nbytes)
+        return tensor
+
+    own = {p.untyped_storage().data_ptr() for p in (*target.model.parameters(), *target.model.buffers())}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        leaf = x.detach().requires_grad_(True)
+        out = target.model(leaf)  # noqa: F841 - holds the graph until the sum is made
+    return sum(size for place, size in kept.items() if place not in own) / len(x)
+
+
+def free_memory(device: str) -> float:
+    """Return the free bytes of a device; infinite where nobody says."""
+    if torch.device(device).type == "cuda":
+        return float(torch.cuda.mem_get_info(torch.device(device))[0])
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        return float(os.sysconf("SC_AVPHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
+    return float("inf")

@@ -1,0 +1,355 @@
+"""The search copy's laws: what is folded is what the eager model is, and what cannot be folded is left."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from arena import cheaper
+from arena.attack import Query, Setup
+from arena.backbones import DatasetInfo
+from arena.cheaper import GRADIENT_TOLERANCE, TOLERANCE, differences, fold, make_cheaper, modes
+from arena.contender import seeded
+from arena.engine import run_iterated
+from arena.plugins import registry
+from arena.referee import Referee
+from arena.rng import Stream
+from arena.selection import Select
+from arena.specs import complete, load
+from arena.surface import Gate, Head, Knob, Selection, Surface
+from arena.surrogate import Surrogate
+from arena.target import Target
+from arena.threat import Threat
+
+BACKBONES = {"cnn": 8, "resnet_small": 8, "resnet18": 8, "vgg16": 8, "wrn34_10": 1}
+#: One defense of each family: every module that is built in, with the recipe that comes first.
+FAMILIES = {s.spec.module: s.spec.name for s in reversed(registry().all("defense"))}
+
+
+def lived(model: nn.Module) -> nn.Module:
+    """Give batch norms statistics and weights as after training; fresh ones fold into nothing."""
+    generator = torch.Generator().manual_seed(1)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
+            for tensor, low, high in ((m.running_mean, -0.3, 0.3), (m.running_var, 0.5, 2), (m.weight, 0.5, 1.5)):
+                if tensor is not None:
+                    tensor.data.uniform_(low, high, generator=generator)
+            if m.bias is not None:
+                m.bias.data.uniform_(-0.2, 0.2, generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+def backbone(name: str, shape: tuple[int, int, int], width: int) -> nn.Module:
+    with seeded(0):
+        return load(registry().get("backbone", name).spec.build)(shape, 10, width=width)
+
+
+def defense(name: str, inner: str = "cnn", shape=(1, 8, 8), width: int = 8) -> nn.Module:
+    spec, base = registry().get("defense", name).spec, registry().get("backbone", inner).spec
+    info = DatasetInfo("digits", shape, 10, inner, tuple(base.slots))
+    model = backbone(inner, shape, width)
+    with seeded(0):
+        return lived(load(spec.build)(model, info, **complete(name, spec.options, {})))
+
+
+def images(shape=(1, 8, 8), n: int = 32) -> torch.Tensor:
+    return torch.rand(n, *shape, generator=torch.Generator().manual_seed(5))
+
+
+def norms(model: nn.Module) -> int:
+    return sum(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_folded_backbones_are_the_eager_ones(name):
+    def build() -> nn.Module:
+        return lived(backbone(name, (3, 32, 32), BACKBONES[name]))
+
+    model, done = make_cheaper(build, Surface(), images((3, 32, 32)))
+    assert done.note == ""
+    assert done.channels_last
+    before_activation = name == "wrn34_10"  # its norms stand before the convolutions, so the first of a block may stay
+    assert 0 < done.folded <= norms(build())
+    assert (norms(model) == 0) != before_activation
+    x = images((3, 32, 32), 64)  # twice as many as were compared
+    gap, slope = differences(build(), model, Surface(), x)
+    assert gap < TOLERANCE
+    assert slope < GRADIENT_TOLERANCE
+
+
+@pytest.mark.parametrize("module", FAMILIES)
+def test_folded_defenses_are_the_eager_ones_in_every_mode(module):
+    name = FAMILIES[module]
+    spec = registry().get("defense", name).spec
+    surface = load(spec.surface)(defense(name)) if spec.surface else Surface()
+    model, done = make_cheaper(lambda: defense(name), surface, images())
+    if surface.random:
+        assert "cannot be compared" in done.note
+        assert norms(model) == norms(defense(name))
+        return
+    assert done.note == ""
+    assert (done.folded > 0) == (module not in ("afa", "oat"))  # whose convolutions are followed by two norms each
+    gap, slope = differences(defense(name), model, surface, images(n=64))
+    assert gap < TOLERANCE
+    assert slope < GRADIENT_TOLERANCE
+    assert len(modes(model, surface, 8)) > len(surface.selections)
+
+
+class Odd(nn.Module):
+    """Pairs that look foldable, of which only the last is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.norm_of_read = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.twice, self.norm_of_twice = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.used, self.norm_of_used = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.tied, self.norm_of_tied = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.shared, self.first, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.apart, self.norm_of_apart = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.scores, self.norm_of_scores = nn.Linear(64, 4), nn.BatchNorm1d(4)
+        self.last, self.norm_of_last = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.head = nn.Linear(64, 4)
+
+    def forward(self, x):
+        a = self.norm_of_read(self.read(x)).relu()
+        a = self.norm_of_twice(self.twice(a)).relu()
+        a = self.norm_of_twice(self.twice(a)).relu()  # each called twice
+        b = self.used(a)
+        a = self.norm_of_used(b).relu() + b  # what the norm takes goes on past it
+        a = self.norm_of_tied(F.conv2d(self.tied(a), self.tied.weight, padding=1)).relu()  # the weights are read
+        b = self.shared(a)
+        a = (self.first(b) + self.second(b)).relu()  # two norms of one layer
+        a = self.norm_of_apart(self.apart(a) * 2).relu()  # something in between
+        s = self.norm_of_scores(self.scores(a.flatten(1)))
+        a = self.norm_of_last(self.last(a)).relu()
+        return self.head(a.flatten(1)) + s
+
+
+def odd() -> nn.Module:
+    with seeded(3):
+        return lived(Odd())
+
+
+ODD = Surface(heads={"s": Head("scores")})
+
+
+def test_only_what_really_follows_is_folded():
+    x = images((1, 4, 4))
+    model = odd()
+    plain = Surface()
+    assert fold(model, plain, x[:8]) == 3
+    gone = {k for k, m in model.named_modules() if type(m) is nn.Identity}
+    assert gone == {"norm_of_read", "norm_of_scores", "norm_of_last"}
+    assert differences(odd(), model, plain, x)[0] < TOLERANCE
+
+
+def test_what_the_surface_names_stays():
+    x = images((1, 4, 4))
+    model = odd()
+    assert fold(model, ODD, x[:8]) == 2
+    assert type(model.norm_of_scores) is nn.BatchNorm1d
+    assert differences(odd(), model, ODD, x)[0] < TOLERANCE
+    named = Surface(
+        heads={"s": Head("norm_of_scores")},
+        gates={"g": Gate("norm_of_read", shape="element")},
+        knobs={"k": Knob("last", "padding_mode", "constant")},
+    )
+    assert fold(odd(), named, x[:8]) == 0
+
+
+def test_a_head_that_wraps_what_a_norm_takes_stays_right():
+    """The head is a container whose output is the linear layer's own tensor: no path names the layer."""
+
+    def build() -> nn.Module:
+        model = odd()
+        model.scores = nn.Sequential(model.scores)
+        return model
+
+    model, done = make_cheaper(build, ODD, images((1, 4, 4)))
+    assert (done.folded, done.note) == (2, "")
+    assert differences(build(), model, ODD, images((1, 4, 4), 64))[0] < TOLERANCE
+
+
+class Turns(nn.Module):
+    """A choice decides whether a norm or something else follows a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(64, 4)
+        self.scores, self.select = nn.Linear(16, 2), Select()
+        self.table = nn.Parameter(torch.tensor([[1.0], [0.5]]))
+
+    def forward(self, x):
+        a = self.conv(x)
+        chosen = self.select(self.scores(x.flatten(1)), self.table)
+        b = self.norm(a) if self.select.mode.kind == "hard" else a
+        return self.head((b * chosen[:, :, None, None]).relu().flatten(1))
+
+
+def test_every_mode_is_looked_at():
+    def build() -> nn.Module:
+        with seeded(0):
+            return lived(Turns())
+
+    surface = Surface(heads={"s": Head("scores", output=None)}, selections={"c": Selection("select")})
+    surface = Surface(selections=surface.selections)
+    x = images((1, 4, 4))
+    assert fold(build(), Surface(), x[:8]) == 1  # nobody said that there is a choice
+    assert fold(build(), surface, x[:8]) == 0
+
+
+class Minds(nn.Module):
+    """Works only while its norm is a norm."""
+
+    def __init__(self, loud: bool) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head, self.loud = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(16, 3), loud
+
+    def forward(self, x):
+        a = self.norm(self.conv(x))
+        if self.loud:
+            assert self.norm.num_features == 4
+        scale = 1.0 if isinstance(self.norm, nn.BatchNorm2d) else 1.01
+        return self.head(a.relu().flatten(1)) * scale
+
+
+@pytest.mark.parametrize(("loud", "said"), [(True, "failed: AttributeError"), (False, "differs from the eager model")])
+def test_a_copy_that_differs_is_not_used_and_the_record_says_so(loud, said):
+    def build() -> nn.Module:
+        with seeded(0):
+            return lived(Minds(loud))
+
+    x = images((1, 4, 4))
+    model, done = make_cheaper(build, Surface(), x)
+    assert (done.folded, done.channels_last) == (0, False)
+    assert said in done.note
+    assert torch.equal(model(x), build()(x))
+
+
+def test_training_statistics_and_hooks_stay_unfolded():
+    x = images((1, 4, 4))
+    live = odd()
+    live.norm_of_last.training = True
+    live.norm_of_read.register_forward_hook(lambda *_: None)
+    live.scores.register_forward_hook(lambda *_: None)
+    assert fold(live, Surface(), x[:8]) == 0
+
+
+# -- attacks on it ----------------------------------------------------------------------------------------------
+
+
+def attacked(model: nn.Module, name: str, x, y, batch_size: int = 64, precision: str = "fp32"):
+    threat, index = Threat.parse("Linf", "0.1"), torch.arange(len(y))
+    spec = registry().get("attack", name).spec
+    setup = Setup(threat, 10, Surface(), tuple(x.shape[1:]), Stream.of(0, name))
+    attack = load(spec.iterate)(setup, **complete(name, spec.options, {"steps": 20}))
+    target = Target(model, Surface(), 10, batch_size, precision=precision)
+    return run_iterated(attack, target, x, y, index), target
+
+
+def separated(n: int = 64):
+    """A net with folded norms at work, points, its own labels, and the referee's word on the attacks' results."""
+    model = lived(backbone("resnet_small", (1, 8, 8), 8))
+    x = images(n=n)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    return x, y, Referee(model, Threat.parse("Linf", "0.1"))
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd_ce"])
+def test_attacks_on_the_folded_copy_break_the_same_points(name):
+    x, y, referee = separated()
+    index = torch.arange(len(y))
+
+    def build() -> nn.Module:
+        return lived(backbone("resnet_small", (1, 8, 8), 8))
+
+    model, done = make_cheaper(build, Surface(), x)
+    assert done.folded == norms(build())
+    eager, folded = (
+        referee.judge(x, attacked(m, name, x, y)[0].x_adv, y, index) for m in (build().requires_grad_(False), model)
+    )
+    assert 5 < int(eager.broken.sum()) < 59
+    odd_ones = eager.broken != folded.broken
+    near = torch.minimum(eager.margin.abs(), folded.margin.abs()) < 1e-2
+    assert not bool((odd_ones & ~near).any())
+    assert int(odd_ones.sum()) <= 1
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd_ce"])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 32)])
+def test_batch_sizes_change_no_outcome_on_the_cheaper_copy(name, shape):
+    def build() -> nn.Module:
+        return lived(backbone("cnn", shape, 8))
+
+    x = images(shape, 48)
+    model, done = make_cheaper(build, Surface(), x)
+    assert done.folded == 4
+    assert done.channels_last == (shape[0] == 3)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    found = [attacked(model, name, x, y, size)[0] for size in (8, 24, 48, 512)]
+    for other in found[1:]:
+        assert torch.equal(other.x_adv, found[0].x_adv)
+        assert torch.equal(other.forwards, found[0].forwards)
+
+
+def test_no_weight_gets_a_gradient_and_one_forward_gives_value_and_gradient():
+    x = images()
+    model = lived(backbone("cnn", (1, 8, 8), 8)).requires_grad_(True)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    target = Target(model, Surface(), 10, 64)
+    answer = target.answer(Query(x.unsqueeze(1), "ce", grad=True), torch.zeros(32, dtype=torch.int64))
+    assert len(calls) == 1
+    assert bool((answer.grad != 0).any())
+    assert bool((answer.values != 0).all())
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+
+# -- bf16 -------------------------------------------------------------------------------------------------------
+
+
+def test_bf16_passes_are_in_bf16_and_what_is_read_is_fp32():
+    x = images()
+    model = lived(backbone("cnn", (1, 8, 8), 8))
+    seen = []
+    model.block2.conv.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
+    target = Target(model, Surface(), 10, 64, precision="bf16")
+    query = Query(x.unsqueeze(1), "ce", grad=True)
+    answer = target.answer(query, torch.zeros(32, dtype=torch.int64))
+    assert answer.logits.dtype == answer.grad.dtype == answer.values.dtype == torch.float32
+    with target.in_fp32():
+        exact = target.answer(query, torch.zeros(32, dtype=torch.int64))
+    assert seen == [torch.bfloat16, torch.float32]
+    assert not torch.equal(answer.logits, exact.logits)
+    assert torch.allclose(answer.logits, exact.logits, atol=0.1)
+
+
+def test_surrogates_are_read_in_bf16_too():
+    name = "fgaa_sat"
+    model = defense(name)
+    surface = load(registry().get("defense", name).spec.surface)(model)
+    mode = modes(model, surface, 32)[1]
+    assert isinstance(mode, Surrogate)
+    target = Target(model, surface, 10, 64, precision="bf16")
+    answer = target.answer(
+        Query(images().unsqueeze(1), "ce", grad=True, surrogate=mode), torch.zeros(32, dtype=torch.int64)
+    )
+    assert torch.isfinite(answer.grad).all()
+
+
+def test_a_random_or_shaky_model_searches_in_fp32(monkeypatch):
+    def build() -> nn.Module:
+        return lived(backbone("cnn", (1, 8, 8), 8))
+
+    assert make_cheaper(build, Surface(), images(), "bf16")[1].precision == "bf16"
+    done = make_cheaper(build, Surface(random=True), images(), "bf16")[1]
+    assert done.precision == "fp32"
+    assert "searched in fp32, not bf16: the model is random" in done.note
+    monkeypatch.setattr(cheaper, "BF16_TOLERANCE", 1e-6)
+    done = make_cheaper(build, Surface(), images(), "bf16")[1]
+    assert done.precision == "fp32"
+    assert "of the probe's scores differ" in done.note
