@@ -319,7 +319,7 @@ def _bf16_differs(eager: nn.Module, model: nn.Module, surface: Surface, x: Tenso
         for mode in modes(model, surface, len(x)):  # that it runs in each is enough
             target.answer(Query(x.unsqueeze(1), "ce", weights, grad=True, surrogate=mode), y)
         apart = _apart(expected.flatten(0, 1), (seen if seen.dim() == 3 else seen.unsqueeze(1)).flatten(0, 1))
-    except Exception as e:
+    except Exception as e:  # foreign code may mind bf16; then it is searched in fp32, and the record says why
         return f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}"
     finally:
         target.close()

@@ -127,7 +127,7 @@ def _first(model: nn.Module, x: Tensor, n_classes: int) -> Tensor:
     with exact():
         try:
             out = model(pad(x))
-        except Exception as e:
+        except Exception as e:  # a defense's code: named in the one line that the user gets
             message = str(e).strip().splitlines()
             said = f"{type(e).__name__}: {message[0] if message else ''}"
             raise ArenaError(f"the model cannot be called on images {tuple(x.shape[1:])}: {said}") from e
@@ -273,7 +273,7 @@ def _gradient(model: nn.Module, surface: Surface, x: Tensor, y: Tensor) -> Indic
                     why = f"{share:.0%} of the probe's gradients are exactly zero"
                 elif not bool(torch.isfinite(grad).all()):
                     why = "the probe's gradients are not finite"
-    except Exception as e:
+    except Exception as e:  # a defense's code: what it raised is the finding
         why = f"the gradient raised {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
     return Indicator(
         "no_gradient",

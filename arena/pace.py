@@ -92,7 +92,7 @@ def _measured(target: Target, x: Tensor, wanted: int | None) -> Pace:
                 full = size
                 break
             last = _timed(target, x, size, spent)
-        except Exception as e:
+        except Exception as e:  # only a full memory is met here; all else goes on
             if not out_of_memory(e):
                 raise
             full = size

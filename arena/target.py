@@ -135,7 +135,7 @@ class Target:
             try:
                 parts.append(self._batch(query, flat, y, rows, slice(start, stop), bool(wants) and query.climbs))
                 start = stop
-            except Exception as e:
+            except Exception as e:  # only a full memory is met here; all else goes on
                 if not out_of_memory(e) or self.batch_size == PAD:
                     raise
                 full = True

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
 from arena.datasets import Images
+from arena.plugins import discover
 
 # A shell starts background jobs with Ctrl-C ignored, and what this process starts would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -48,6 +49,20 @@ def arena_home(tmp_path, monkeypatch) -> Path:
     home = tmp_path / "arena-home"
     monkeypatch.setenv("ARENA_HOME", str(home))
     return home
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch, arena_home):
+    """The installed plugins and the package of cheats."""
+    cheats, info = Path(__file__).parent / "packages" / "cheats", tmp_path / "site" / "arena_cheats-0.0.1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: arena-cheats\nVersion: 0.0.1\n")
+    (info / "entry_points.txt").write_text("[arena]\narena-cheats = arena_cheats\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.syspath_prepend(str(cheats))
+    found = discover()
+    assert not found.problems
+    return found
 
 
 @pytest.fixture

@@ -12,50 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from arena import search as searching
 from arena.arrangement import arrange
 from arena.datasets import digits, to_float
 from arena.errors import ArenaError
 from arena.match import play
-from arena.plugins import discover
 from arena.question import Question, Running
 from arena.referee import DRAWS
 from arena.results import examples_hash, unpacked
-from arena.specs import Indicator
 from arena.store import open_store
-from arena.target import CountedModule, Target
 from arena.verify import verify
 from arena.watch import Silent
 
-CHEATS = Path(__file__).parent / "packages" / "cheats"
-sys.path.insert(0, str(CHEATS))
-import arena_cheats  # noqa: E402
-
-GO = Running(device="cpu", audit="none")
-
-
-@pytest.fixture
-def registry(tmp_path, monkeypatch, arena_home):
-    """The installed plugins and the package of cheats."""
-    info = tmp_path / "site" / "arena_cheats-0.0.1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: arena-cheats\nVersion: 0.0.1\n")
-    (info / "entry_points.txt").write_text("[arena]\narena-cheats = arena_cheats\n")
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    monkeypatch.syspath_prepend(str(CHEATS))
-    found = discover()
-    assert not found.problems
-    return found
-
-
-def ask(registry, factory="honest", vs=("pgd",), **changes):
-    usual = {"n": 32, "eps": "0.05"}
-    question = Question(f"arena_cheats:{factory}", vs, **{**usual, **changes})
-    return play(question, GO, registry, Silent())
-
-
-def flags(record):
-    return {i["name"] for i in record["audit"]["indicators"] if i["flag"]}
+sys.path.insert(0, str(Path(__file__).parent / "packages" / "cheats"))
+import arena_cheats
+from asking import GO, ask, flags
 
 
 @pytest.mark.parametrize(
@@ -183,85 +153,6 @@ def test_batch_size_changes_nothing(registry, batch):
     ).record
     assert got["examples"]["sha256"] == expected["examples"]["sha256"]
     assert [r["forwards"] for r in got["attacks"]] == [r["forwards"] for r in expected["attacks"]]
-
-
-def test_a_match_says_what_its_search_was_and_what_bare_passes_cost(registry):
-    record = ask(registry, vs=("pgd", "square(queries=20)")).record
-    provenance = record["provenance"]
-    search = {k: provenance["search"][k] for k in ("folded", "channels_last", "precision", "batch_size", "note")}
-    most = int(np.ceil(record["attacks"][0]["attempted"] / 8)) * 8
-    assert search["batch_size"] == most  # all points fit into one batch
-    assert search | {"batch_size": 0} == {
-        "folded": 0,
-        "channels_last": False,
-        "precision": "fp32",
-        "batch_size": 0,
-        "note": "",
-    }
-    assert provenance["bare_seconds"] == pytest.approx(sum(r["bare"] for r in record["rosters"]))
-    assert all(r["bare"] > 0 for r in record["rosters"])
-    assert provenance["bare_seconds"] < 10 * sum(r["seconds"] for r in record["rosters"])
-
-
-def bf16(registry, vs, **changes):
-    asked = {"n": 48, "eps": "0.05", **changes}
-    question = Question("arena_cheats:honest", vs, **asked)
-    return play(question, dataclasses.replace(GO, precision="bf16"), registry, Silent()).record
-
-
-def test_a_search_in_bf16_is_judged_in_fp32_and_is_another_question(registry):
-    vs = ("pgd", "apgd_ce(steps=20)", "square(queries=100)", "fab_t(steps=20)")
-    exact = ask(registry, vs=vs, n=48).record
-    found = bf16(registry, vs)
-    assert found["id"] != exact["id"]
-    assert found["provenance"]["precision"] == found["provenance"]["search"]["precision"] == "bf16"
-    for a, b in zip(found["attacks"], exact["attacks"], strict=True):
-        assert (a["status"], a["violations"], a["attempted"], a["silent"]) == ("ok", {}, b["attempted"], 0)
-        assert abs(a["broken"] - b["broken"]) <= 1
-
-
-def test_what_bf16_alone_saw_broken_is_attacked_once_more_and_counted(registry, monkeypatch):
-    """Passes in bf16 that name every class wrong: all points leave at once, the referee denies them all."""
-    exact = ask(registry).record
-    real = Target._cast
-
-    def lying(self, read, x):
-        seen = real(self, read, x)
-        return dataclasses.replace(seen, logits=-seen.logits) if self.precision == "bf16" and lying.on else seen
-
-    lying.on = False
-    made = searching.make_cheaper
-
-    def make(*args, **kwargs):
-        lying.on = False
-        done = made(*args, **kwargs)
-        lying.on = True
-        return done
-
-    monkeypatch.setattr(Target, "_cast", lying)
-    monkeypatch.setattr(searching, "make_cheaper", make)
-    found = bf16(registry, ("pgd",), n=32)
-    (row,), (usual,) = found["attacks"], exact["attacks"]
-    again = found["provenance"]["search"]["again"]
-    assert again >= row["attempted"] - row["broken"] > 0
-    assert (row["status"], row["attempted"], row["broken"]) == ("ok", usual["attempted"], usual["broken"])
-    # One forward each in bf16, then the usual ones, but for points that the start breaks: fp32 agreed on them.
-    assert row["forwards"] == row["attempted"] + usual["forwards"] - (row["attempted"] - again)
-
-
-def test_a_plain_attack_searches_in_fp32(registry, monkeypatch):
-    dtypes = set()
-    real = CountedModule.forward
-
-    def spy(self, x, *args):
-        out = real(self, x, *args)
-        dtypes.add((self._target.precision, out.dtype))
-        return out
-
-    monkeypatch.setattr(CountedModule, "forward", spy)
-    found = bf16(registry, ("foolbox:LinfPGD(steps=3)",))
-    assert found["attacks"][0]["status"] == "ok"
-    assert dtypes == {("fp32", torch.float32)}
 
 
 def test_a_model_near_chance_is_noted(registry):
@@ -429,78 +320,6 @@ def test_a_surface_file_hides_nothing_of_what_a_defense_declares(registry, tmp_p
 # -- the audit ---------------------------------------------------------------------------------------------------
 
 
-def audited(registry, factory="honest", level="normal", vs=("pgd",), **changes):
-    question = Question(f"arena_cheats:{factory}", vs, **{"n": 32, "eps": "0.05", **changes})
-    return play(question, dataclasses.replace(GO, audit=level), registry, Silent()).record
-
-
-def test_an_audit_runs_by_default_and_an_honest_model_is_clear(registry):
-    assert Running().audit == "normal"
-    record = audited(registry)
-    audit, plain = record["audit"], ask(registry).record
-    assert (audit["verdict"], audit["level"]) == ("clear", "normal")
-    assert plain["audit"] == plain["audit"] | {"verdict": "not_audited", "level": "none", "forwards": 0, "seconds": 0.0}
-    assert {"zero_gradients", "large_eps", "planted", "gradient_free_beats_gradients"} <= {
-        i["name"] for i in audit["indicators"]
-    }
-    assert all(set(i) == {"name", "flag", "value", "threshold", "evidence", "remedy"} for i in audit["indicators"])
-    # its passes are its own
-    assert audit["forwards"] > 0 < audit["backwards"]
-    assert [r["forwards"] for r in record["attacks"]] == [r["forwards"] for r in plain["attacks"]]
-    assert record["examples"]["sha256"] == plain["examples"]["sha256"]
-
-
-def test_a_deep_audit_looks_at_more(registry):
-    vs = ("apgd_ce", "apgd_t")  # pgd leaves points that the audit breaks
-    normal, deep = (audited(registry, level=level, vs=vs, n=100) for level in ("normal", "deep"))
-    assert deep["audit"]["level"] == "deep"
-    assert deep["audit"]["forwards"] > 2 * normal["audit"]["forwards"]
-    assert deep["audit"]["verdict"] == "clear"
-    with pytest.raises(ArenaError, match="unknown audit 'deeep'; did you mean 'deep'"):
-        audited(registry, level="deeep")
-
-
-@pytest.mark.parametrize(("factory", "named"), [("no_gradient", "zero_gradients"), ("one_hot", "boundary_jump")])
-def test_an_audit_names_hidden_gradients_and_what_to_run(registry, factory, named):
-    record = audited(registry, factory)
-    assert record["audit"]["verdict"] == "suspect"
-    (found,) = (i for i in record["audit"]["indicators"] if i["name"] == named)
-    assert found["flag"]
-    assert f"arena match arena_cheats:{factory} --vs 'square(queries=20000)'" in found["remedy"]
-
-
-def test_nothing_is_audited_where_nothing_can_be_attacked(registry):
-    assert audited(registry, eps="0")["audit"]["verdict"] == "not_audited"
-    record = audited(registry, "undeclared_randomness")
-    assert (record["audit"]["verdict"], record["audit"]["forwards"]) == ("void", 0)
-
-
-def test_an_attack_that_forgets_what_it_saw_is_named(registry):
-    record = audited(registry, vs=("forgets", "pgd"), eps="0.5")
-    row, honest = record["attacks"]
-    assert (row["status"], row["broken"], honest["silent"]) == ("ok", 0, 0)
-    assert row["silent"] >= 3
-    (found,) = (i for i in record["audit"]["indicators"] if i["name"] == "silent_success")
-    assert found["flag"]
-    assert f"{row['silent']} points" in found["evidence"]
-    assert "forgets" in found["evidence"]
-
-
-def test_a_plugins_indicator_sees_the_probe_and_counts(registry, monkeypatch):
-    seen = []
-
-    def look(self, context):
-        seen.append(context)
-        lead = context.probe.lead(context.probe.sample.x, context.probe.sample.y)
-        return [Indicator("mine", bool((lead > 0).all()), evidence="planted")]
-
-    monkeypatch.setattr(type(registry), "audit", look)
-    record = audited(registry)
-    assert record["audit"]["verdict"] == "suspect"
-    assert record["audit"]["indicators"][-1]["name"] == "mine"
-    assert [p.planned.name for p in seen[0].played] == ["pgd"]
-
-
 def test_transfer_trains_its_source_and_says_what_it_cannot_have(registry, arena_home):
     """A model that hides its gradient falls to the undefended twin; an unknown source is named with the nearest."""
     question = Question("arena_cheats:honest", ("transfer(steps=5)", "transfer(source=sats)"), n=30, eps="0.2")
@@ -517,22 +336,3 @@ def test_what_a_lent_model_was_trained_against_is_part_of_the_question(registry)
         question = Question(defense, ("transfer(source=sat)",), n=10)
         keys = [arrange(dataclasses.replace(question, train_eps=eps), GO, registry).key for eps in (None, "1/5", "0.1")]
         assert keys[0] == keys[1] != keys[2]
-
-
-def test_a_plugins_indicator_that_crashes_is_no_clear(registry, monkeypatch):
-    def look(context):
-        def crash():
-            yield Indicator("mine", False)
-            raise ValueError("planted")
-
-        problems = len(registry.problems)
-        made = registry._listed(registry.plugins[0], "arena_audit", crash())
-        assert len(registry.problems) == problems + 1
-        return made
-
-    monkeypatch.setattr(registry, "problems", [*registry.problems])
-    monkeypatch.setattr(registry, "audit", look)
-    audit = audited(registry)["audit"]
-    found = audit["indicators"][-1]
-    assert (audit["verdict"], found["name"], found["flag"]) == ("suspect", "arena_audit", True)
-    assert found["evidence"].endswith("arena_audit raised ValueError: planted")

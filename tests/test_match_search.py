@@ -1,0 +1,98 @@
+"""A match's search copy: what it was stands in the record, bf16 is judged in fp32, plain attacks search in fp32."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from arena import search as searching
+from arena.match import play
+from arena.question import Question
+from arena.target import CountedModule, Target
+from arena.watch import Silent
+
+sys.path.insert(0, str(Path(__file__).parent / "packages" / "cheats"))
+from asking import GO, ask
+
+
+def test_a_match_says_what_its_search_was_and_what_bare_passes_cost(registry):
+    record = ask(registry, vs=("pgd", "square(queries=20)")).record
+    provenance = record["provenance"]
+    search = {k: provenance["search"][k] for k in ("folded", "channels_last", "precision", "batch_size", "note")}
+    most = int(np.ceil(record["attacks"][0]["attempted"] / 8)) * 8
+    assert search["batch_size"] == most  # all points fit into one batch
+    assert search | {"batch_size": 0} == {
+        "folded": 0,
+        "channels_last": False,
+        "precision": "fp32",
+        "batch_size": 0,
+        "note": "",
+    }
+    assert provenance["bare_seconds"] == pytest.approx(sum(r["bare"] for r in record["rosters"]))
+    assert all(r["bare"] > 0 for r in record["rosters"])
+
+
+def bf16(registry, vs, **changes):
+    asked = {"n": 48, "eps": "0.05", **changes}
+    question = Question("arena_cheats:honest", vs, **asked)
+    return play(question, dataclasses.replace(GO, precision="bf16"), registry, Silent()).record
+
+
+def test_a_search_in_bf16_is_judged_in_fp32_and_is_another_question(registry):
+    vs = ("pgd", "apgd_ce(steps=20)", "square(queries=100)", "fab_t(steps=20)")
+    exact = ask(registry, vs=vs, n=48).record
+    found = bf16(registry, vs)
+    assert found["id"] != exact["id"]
+    assert found["provenance"]["precision"] == found["provenance"]["search"]["precision"] == "bf16"
+    for a, b in zip(found["attacks"], exact["attacks"], strict=True):
+        assert (a["status"], a["violations"], a["attempted"], a["silent"]) == ("ok", {}, b["attempted"], 0)
+        assert abs(a["broken"] - b["broken"]) <= 1
+
+
+def test_what_bf16_alone_saw_broken_is_attacked_once_more_and_counted(registry, monkeypatch):
+    """Passes in bf16 that name every class wrong: all points leave at once, the referee denies them all."""
+    exact = ask(registry).record
+    real = Target._cast
+
+    def lying(self, read, x):
+        seen = real(self, read, x)
+        return dataclasses.replace(seen, logits=-seen.logits) if self.precision == "bf16" and lying.on else seen
+
+    lying.on = False
+    made = searching.make_cheaper
+
+    def make(*args, **kwargs):
+        lying.on = False
+        done = made(*args, **kwargs)
+        lying.on = True
+        return done
+
+    monkeypatch.setattr(Target, "_cast", lying)
+    monkeypatch.setattr(searching, "make_cheaper", make)
+    found = bf16(registry, ("pgd",), n=32)
+    (row,), (usual,) = found["attacks"], exact["attacks"]
+    again = found["provenance"]["search"]["again"]
+    assert again >= row["attempted"] - row["broken"] > 0
+    assert (row["status"], row["attempted"], row["broken"]) == ("ok", usual["attempted"], usual["broken"])
+    # One forward each in bf16, then the usual ones, but for points that the start breaks: fp32 agreed on them.
+    assert row["forwards"] == row["attempted"] + usual["forwards"] - (row["attempted"] - again)
+
+
+def test_a_plain_attack_searches_in_fp32(registry, monkeypatch):
+    dtypes = set()
+    real = CountedModule.forward
+
+    def spy(self, x, *args):
+        out = real(self, x, *args)
+        dtypes.add((self._target.precision, out.dtype))
+        return out
+
+    monkeypatch.setattr(CountedModule, "forward", spy)
+    found = bf16(registry, ("foolbox:LinfPGD(steps=3)",))
+    assert found["attacks"][0]["status"] == "ok"
+    assert dtypes == {("fp32", torch.float32)}
