@@ -33,12 +33,6 @@ def most_passes(planned: Planned, setup: Setup, draws: int) -> tuple[int, int] |
         return 0, 0
 
 
-def cost(planned: Planned, setup: Setup, draws: int) -> int | None:
-    """Return the most passes (forwards and backwards) an example can cost; arguments as for ``most_passes``."""
-    passes = most_passes(planned, setup, draws)
-    return None if passes is None else sum(passes)
-
-
 class Prices:
     """What attacks can cost in one match; each is asked once."""
 

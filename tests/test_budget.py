@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arena.attack import Setup
-from arena.budget import cost, within
+from arena.budget import Prices, within
 from arena.errors import ArenaError
 from arena.lineup import Group, line_up
 from arena.match import play
@@ -28,7 +28,7 @@ def roster(name: str = "adaptive", surface: Surface = HEADED) -> Group:
 
 def costs(surface: Surface = HEADED, draws: int = 1):
     setup = Setup(LINF, 10, surface, (1, 8, 8), Stream.of(0, "test"), lambda name: None)
-    return lambda planned: cost(planned, setup, draws)
+    return Prices(lambda planned: setup, draws).cost
 
 
 @given(st.integers(1, 12_000))

@@ -146,7 +146,7 @@ def test_half_a_second_stops_a_match_and_without_a_limit_it_goes_on(ask):
     assert pgd["attempted"] == 0
     assert record["diagnosis"] is None
     assert record["audit"]["level"] == "none"
-    assert record["provenance"]["seconds"] < 60
+    assert square["forwards"] < 8 * 100_001
 
 
 def test_an_unfinished_match_says_that_it_goes_on(ask, counted):
