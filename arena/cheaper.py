@@ -20,14 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from arena.attack import Query
+from arena.check import PROBE
 from arena.selection import Mode
 from arena.surface import Reader, Reading, Surface, selects, submodule
 from arena.surrogate import Surrogate, posing
 from arena.target import PAD, Target, pad
 from arena.threads import SMALL_IMAGE
 
-#: Images on which a copy is compared with the eager model.
-PROBE = 32
 #: Folding may move a score by this share of the scores' spread, a gate by as much of one: half of what the referee
 #: calls borderline. Measured on the built-in defenses: at most 5e-6.
 TOLERANCE = 5e-5
@@ -66,7 +65,7 @@ def make_cheaper(
     Args:
         build: makes a fresh model, in eval mode.
         surface: what attackers may use; what it names is left as it is.
-        x: clean images (N, C, H, W), of which ``PROBE`` are looked at.
+        x: clean images (N, C, H, W), of which ``PROBE`` are compared on.
         precision: ``bf16`` if the passes are to run in it.
 
     Random models are left as they are: their draws hide what rounding does.

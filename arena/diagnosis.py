@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arena.points import Rows
 from arena.referee import BATCH, exact
 from arena.selection import Mode, Select, choosing
 from arena.surface import Reader, Surface, selects
 
 
 def diagnose(
-    model: nn.Module, surface: Surface, x: Tensor, y: Tensor, x_adv: Tensor, n_classes: int
+    model: nn.Module, surface: Surface, x: Rows, y: Tensor, x_adv: Rows, n_classes: int
 ) -> dict[str, Any] | None:
     """Measure heads and selections on clean images (N, C, H, W) and on verified breaks (M, C, H, W).
 
@@ -59,7 +60,7 @@ def diagnose(
     return {"heads": heads, "selections": forced}
 
 
-def _heads(read: Reader, surface: Surface, x: Tensor) -> dict[str, Tensor]:
+def _heads(read: Reader, surface: Surface, x: Rows) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {"": [], **{k: [] for k in surface.heads}}
     for start in range(0, len(x), BATCH):
         reading = read(x[start : start + BATCH])
@@ -69,7 +70,7 @@ def _heads(read: Reader, surface: Surface, x: Tensor) -> dict[str, Tensor]:
     return {k: torch.cat(v) for k, v in parts.items()}
 
 
-def _table(read: Reader, module: Select, x: Tensor) -> int:
+def _table(read: Reader, module: Select, x: Rows) -> int:
     """Return among how many rows a selection chooses; 0 if it never fired."""
     sizes: list[int] = []
 
@@ -84,7 +85,7 @@ def _table(read: Reader, module: Select, x: Tensor) -> int:
     return sizes[0] if len(set(sizes)) == 1 else 0
 
 
-def _forced(read: Reader, chosen: dict[str, Any], name: str, x: Tensor, t: int) -> Tensor:
+def _forced(read: Reader, chosen: dict[str, Any], name: str, x: Rows, t: int) -> Tensor:
     guesses = []
     for start in range(0, len(x), BATCH):
         rows = x[start : start + BATCH]

@@ -64,7 +64,7 @@ def foresee(question: Question, running: Running, registry: Registry) -> Foresee
     with one_thread(small(running.device, contender.parameters, arranged.images.shape)):
         groups, bill, findings = match.prepare(trained)
         void = trained and any(i.flag and i.fatal for i in findings)
-        pace = None if void else match.search().pace
+        pace = None if void else match.attacker.search.pace
     if void:
         remarks += [f"no attack would be played: {i.evidence}" for i in findings if i.flag and i.fatal]
     known = None if running.replay or running.retrain else _stored(arranged.key)

@@ -7,7 +7,7 @@ import re
 import secrets
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from arena.errors import ArenaError
 
@@ -40,8 +40,10 @@ def home() -> Path:
     return folder
 
 
-def atomic_write(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that readers see the old file or the whole new one, and a kill leaves no half.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that becomes `path` when the block ends: readers see the old file or the whole new one, and neither
+    an error nor a kill leaves a half.
 
     Raises:
         ArenaError: the folder cannot be created, or the file cannot be written.
@@ -51,7 +53,7 @@ def atomic_write(path: Path, data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -61,6 +63,16 @@ def atomic_write(path: Path, data: bytes) -> None:
         if isinstance(error, OSError):
             raise ArenaError(f"{path} cannot be written ({error.strerror or error})") from None
         raise
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write `data` to `path` as ``atomic_file`` does.
+
+    Raises:
+        ArenaError: the folder cannot be created, or the file cannot be written.
+    """
+    with atomic_file(path) as file:
+        file.write(data)
 
 
 @contextmanager

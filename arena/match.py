@@ -10,12 +10,12 @@ import torch
 
 from arena.arrangement import arrange
 from arena.datasets import describe
+from arena.examples import drop_examples
 from arena.home import home, lock
 from arena.journal import Journal
 from arena.playing import Playing
 from arena.plugins import Registry
 from arena.question import Question, Running
-from arena.results import drop_examples
 from arena.store import open_store
 from arena.threads import one_thread, small
 from arena.watch import Watch

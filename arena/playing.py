@@ -6,7 +6,6 @@ import copy
 import hashlib
 import time
 import traceback
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,30 +13,28 @@ import torch
 from torch import Tensor
 
 from arena.arrangement import Arrangement, evaluation_of
-from arena.attack import Setup, Unsupported, bound
+from arena.attack import Unsupported
+from arena.attacker import Attacker
 from arena.audit import statuses, verdict
-from arena.auditing.observing import Observed
 from arena.auditing.run import audit_match
 from arena.budget import Prices, said, within
-from arena.check import check_defense
-from arena.contender import Contender, seeded
+from arena.check import PROBE, check_defense
+from arena.contender import Contender
 from arena.cost import Bill, Forecast, bill_of
-from arena.datasets import to_float
 from arena.diagnosis import diagnose
-from arena.engine import Outcome, run_iterated, run_plain
+from arena.examples import Breaks, keep_examples
 from arena.heading import heading
-from arena.journal import AttackKeeper, Journal
-from arena.lending import lend
+from arena.journal import Journal
 from arena.limit import Limit
 from arena.lineup import Group, Planned, line_up
 from arena.paper import as_paper, paper_row
 from arena.plugins import Registry
+from arena.points import Pool, shards
 from arena.question import Running
-from arena.referee import DRAWS, Judgement, Referee
+from arena.referee import Referee
 from arena.results import (
     Played,
     attack_row,
-    keep_examples,
     provenance,
     roster_row,
     share,
@@ -46,9 +43,9 @@ from arena.results import (
     worst_case,
 )
 from arena.rng import Stream
-from arena.search import Search
-from arena.specs import Indicator, load
+from arena.specs import Indicator
 from arena.store import Outcomes
+from arena.tally import Tally
 from arena.trained import near_chance
 from arena.watch import Watch
 
@@ -69,16 +66,10 @@ class Playing:
         self.contender, self.journal, self.watch = contender, journal, watch
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         self.clock = time.monotonic()
-        device, images = running.device, arranged.images
-        self.x = to_float(images.x_test[arranged.index]).to(device)
-        self.y = images.y_test[arranged.index].to(device)
-        self.index = arranged.index.to(device)
+        self.pool = Pool.of(arranged.images, arranged.index, running.device)
         self.surface = contender.surface
-        self.referee = Referee(self.build(), arranged.threat, self.surface.random, device)
-        self.n_classes = images.n_classes
-        """Width of the logits, known after the check; at least the data set's classes."""
-        self._search: Search | None = None
-        self.examples: dict[int, Tensor] = {}
+        self.referee = Referee(self.build(), arranged.threat, self.surface.random, running.device)
+        self.breaks = Breaks(journal.folder, arranged.images.shape)
         """The first verified break of each point, by position."""
         self.paper = arranged.question.protocol == "paper"
         """All attacks meet all points, and what counts is where they end (``arena.paper``)."""
@@ -89,32 +80,39 @@ class Playing:
     def build(self) -> torch.nn.Module:
         return self.contender.build().to(self.running.device)
 
-    def search(self) -> Search:
-        """Return what the attacks query; it is made, and its pace measured, when first asked for."""
-        if self._search is None:
-            met = torch.ones_like(self.correct) if self.paper else self.correct
-            self._search = Search(self.build, self.surface, self.n_classes, self.x, met, self.running)
-        return self._search
-
     def prepare(self, trained: bool = True) -> tuple[list[Group], Bill, list[Indicator]]:
         """Check the model, score the clean points, line up the attacks; return them, their bill, and the findings.
 
         Of a model that is not ``trained`` all points count as naturally correct: it may become that good.
         """
-        arranged = self.arranged
-        self.n_classes, findings = check_defense(self.build, self.surface, self.x, self.y, arranged.images.n_classes)
-        self.correct = torch.ones(len(self.y), dtype=torch.bool)
-        if trained:
-            self.correct = (self.referee.score(self.x, self.y, self.index).predicted == self.y).cpu()
+        arranged, pool = self.arranged, self.pool
+        n_classes, findings = check_defense(
+            self.build, self.surface, pool.x[:PROBE], pool.y[:PROBE], arranged.images.n_classes
+        )
+        self.correct = pool.correct(self.referee) if trained else torch.ones(len(pool), dtype=torch.bool)
+        self.attacker = Attacker(
+            arranged,
+            self.running,
+            self.registry,
+            self.contender,
+            self.referee,
+            pool,
+            n_classes,
+            torch.ones_like(self.correct) if self.paper else self.correct,
+            self.limit,
+            self.watch,
+            self._begun,
+        )
         own = evaluation_of(arranged.plan)
-        groups = line_up(arranged.entries, self.registry, self.surface, arranged.threat, self.n_classes, own)
+        groups = line_up(arranged.entries, self.registry, self.surface, arranged.threat, n_classes, own)
         seed = arranged.question.seed
         tries = 2 if self.running.precision == "bf16" and not self.surface.random else 1
-        prices = Prices(lambda p: self._setup(Stream.of(seed, p.name), lambda name: None), self._draws(), tries)
+        attacker = self.attacker
+        prices = Prices(lambda p: attacker.setup(Stream.of(seed, p.name), lambda name: None), attacker.draws, tries)
         groups = [within(group, arranged.question.budget, prices.cost) for group in groups]
         for text in filter(None, map(said, groups)):
             self.watch.say(text)
-        points = len(self.y) if self.paper else int(self.correct.sum())
+        points = len(pool) if self.paper else int(self.correct.sum())
         alone = self.paper or self.running.matrix
         return groups, bill_of(groups, lambda p: prices.played(p, arranged.threat), points, alone), findings
 
@@ -126,7 +124,7 @@ class Playing:
         self.registry.announce("arena_match_started", record=copy.deepcopy(record))
         rows: list[tuple[Group, Played]] = []
         if not any(i.flag and i.fatal for i in findings):
-            search = self.search()
+            search = self.attacker.search
             pace = search.pace
             if what := search.guard.changed():
                 findings.append(_changes(f"while its passes were timed, the model changed: {what}"))
@@ -180,143 +178,54 @@ class Playing:
             played.begun, played.status, played.error = False, "partial", f"not played: {self.limit} was up"
             return played
         name = hashlib.sha256(f"{group.name}\n{planned.name}".encode()).hexdigest()[:12]
-        at, began = rows.to(self.x.device), time.monotonic()
-        x, y, index = self.x[rows], self.y[rows], self.index[rows]
-        try:
-            outcome, played.seconds = self.search().attack(
-                planned,
-                y,
-                lambda some, keeper: self._attack(planned, at[some.to(at.device)], keeper, len(rows)),
-                lambda added: self.journal.keeper(f"{number:03d}-{name}{added}"),
-                lambda found: self.referee.judge(x, found.x_adv, y, index).broken,
-                lambda: self.limit.up,
-            )
-        except Unsupported as e:
-            played.status, played.error = "unsupported", str(e)
-            return played
-        except (Exception, SystemExit) as e:  # code of a plugin that cannot be loaded or made: contained and named
-            played.status, played.error = "failed", f"{type(e).__name__}: {e}"
-            played.trace = traceback.format_exc()
-            return played
+        tally = Tally(played, self.correct, self.surface.random)
+        began = time.monotonic()
+        self._play_shards(tally, rows, f"{number:03d}-{name}")
         if played.seconds < 1.5 * (time.monotonic() - began):  # most of it is this run's
-            self.forecast.took(int(outcome.forwards.sum()), int(outcome.backwards.sum()), played.seconds)
-        self.stopped |= not outcome.error and not bool(outcome.attempted.all())
-        verdict = self.referee.judge(x, outcome.x_adv, y, index)
-        self._enter(played, rows, outcome, verdict)
+            self.forecast.took(played.forwards, played.backwards, played.seconds)
+        self.stopped |= tally.unfinished
+        tally.close(str(self.limit))
         self._still_the_same(planned, played, findings)
         return played
 
-    def _attack(self, planned: Planned, rows: Tensor, keeper: AttackKeeper, met: int) -> Outcome:
-        """Attack points, by position, of the ``met`` ones that the attack meets in all."""
-        arranged, spec, target = self.arranged, planned.spec.spec, self.search().target
-        x, y, index = self.x[rows], self.y[rows], self.index[rows]
-        stream = Stream.of(arranged.question.seed, planned.name)
-        if spec.iterate:
-            setup = self._setup(stream, self._lend)
-            # A minimal attack is nearly always at a mistake, so looking at each one would cost 8 % of its time.
-            attack = Observed(
-                load(spec.iterate)(setup, **planned.options), arranged.threat, 8 if spec.kind == "minimal" else 1
-            )
-            draws = self._draws()
-            self._phase(planned, len(x) * bound(attack, draws), "forwards", met)
-            # A random model draws from the global generator: the same match draws the same numbers.
-            with seeded(int(stream.bits(self.index[:1], 0, 0, 1)[0, 0])):
-                return run_iterated(
-                    attack,
-                    target,
-                    x,
-                    y,
-                    index,
-                    None,
-                    keeper,
-                    lambda forwards, done: self.watch.advance(forwards, f"{done} of {len(x)} points done"),
-                    self.limit.after_step,
-                    draws,
-                )
-        assert spec.run is not None
-        options = dict(planned.options)
-        self._phase(planned, len(x), "points", met)
-        function: Callable[..., Any] = load(spec.run)
-        return run_plain(
-            function,
-            target,
-            x,
-            y,
-            index,
-            arranged.threat,
-            stream,
-            options,
-            keeper,
-            lambda _, done: self.watch.advance(done),
-            spec.chunk,
-            self.limit.after_step,
-        )
+    def _play_shards(self, tally: Tally, rows: Tensor, name: str) -> None:
+        """Attack positions (N,) shard by shard, judge what comes back, put the breaks away and forget the rest."""
+        played = tally.played
+        planned = played.planned
+        for shard in shards(rows, planned.spec.spec.chunk if planned.spec.spec.run else 1):
+            if shard.number and self.limit.up:
+                return
+            try:
+                outcome, seconds = self.attacker.attack(planned, shard, self.journal, name)
+            except Unsupported as e:
+                played.status, played.error = "unsupported", str(e)
+                return
+            except (Exception, SystemExit) as e:  # code of a plugin that cannot be loaded or made: contained and named
+                played.status, played.error = "failed", f"{type(e).__name__}: {e}"
+                played.trace = traceback.format_exc()
+                return
+            points = self.pool.take(shard.rows)
+            verdict = self.referee.judge(points.x, outcome.x_adv, points.y, points.index)
+            broken = tally.enter(shard, outcome, verdict, seconds)
+            self.breaks.add(shard.rows[broken], outcome.x_adv[broken.to(outcome.x_adv.device)])
+            if played.status != "ok":
+                return
 
-    def _phase(self, planned: Planned, total: int, unit: str, points: int) -> None:
+    def _begun(self, planned: Planned, total: int, unit: str, points: int) -> None:
         self.watch.phase(planned.name, total, unit)
         self.watch.ahead(*self.forecast.ahead(self.place, points))
 
-    def _setup(self, stream: Stream, lend: Callable[[str], None]) -> Setup:
-        arranged = self.arranged
-        return Setup(arranged.threat, self.n_classes, self.surface, arranged.images.shape, stream, lend)
-
-    def _draws(self) -> int:
-        return DRAWS if self.surface.random else 1
-
-    def _lend(self, name: str) -> None:
-        """Put another defense's model at the target's disposal."""
-        sources = self.search().target.sources
-        if name not in sources:
-            sources[name] = lend(name, self.arranged, self.registry, self.running.device, self.watch)
-
-    def _enter(self, played: Played, rows: Tensor, outcome: Outcome, verdict: Judgement) -> None:
-        """Write the referee's word into the row; verified breaks always count."""
-        wrong = verdict.broken.cpu()
-        broken = wrong & self.correct[rows]  # a point misclassified without an attack is broken by none
-        # A random model may let a point leave early at lucky draws: without the majority's word it was not attempted.
-        early = outcome.forwards.cpu() < outcome.most
-        unlucky = early & ~wrong & self.surface.random
-        lucky = int(unlucky.sum())
-        played.attempted[rows] = outcome.attempted.cpu() & ~unlucky
-        played.broken[rows] = broken
-        played.right[rows] = verdict.valid.cpu() & ~wrong
-        played.nonfinite = verdict.nonfinite
-        if not self.surface.random:
-            played.silent = int((outcome.seen & self.correct[rows] & ~broken).sum())
-        played.forwards, played.backwards = int(outcome.forwards.sum()), int(outcome.backwards.sum())
-        played.borderline = verdict.borderline
-        played.violations = dict(verdict.violations)
-        for kind, count in (outcome.malformed or {}).items():
-            played.violations[kind] = played.violations.get(kind, 0) + count
-        false_claims = int(((outcome.claim.cpu() == 1) & ~wrong & (verdict.margin.cpu().abs() >= 1e-4)).sum())
-        if false_claims:
-            played.violations["false_claim"] = false_claims
-        for k in broken.nonzero().squeeze(1).tolist():
-            self.examples.setdefault(int(rows[k]), outcome.x_adv[k].detach().cpu().clone())
-        if outcome.error:
-            played.status, played.error, played.trace = "failed", outcome.error, outcome.trace
-        elif played.violations:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in played.violations.items())
-            played.status, played.error = "failed", f"of {len(rows)} points returned: {kinds}"
-        elif lucky:
-            played.status = "partial"
-            played.error = f"{lucky} points left at draws that the majority does not confirm: the model is random"
-        elif not bool(outcome.attempted.all()):
-            played.status = "partial"
-            played.error = f"{self.limit} was up after {int(outcome.attempted.sum())} of {len(rows)} points"
-        elif not outcome.moved:
-            played.status, played.error = "no_effect", "no query and no returned point differed from its image"
-
     def _still_the_same(self, planned: Planned, played: Played, findings: list[Indicator]) -> None:
         """Check that the search copy is what it was. An ask/tell attack cannot touch it: then the defense did it."""
-        what = self.search().guard.changed()
+        search = self.attacker.search
+        what = search.guard.changed()
         if not what:
             return
         if planned.spec.spec.run:
             played.status, played.error = "failed", f"the attack changed the model: {what}"
         else:
             findings.append(_changes(f"while {planned.name} attacked, the model changed: {what}"))
-        self.search().renew()
+        search.renew()
 
     def _row(self, played: Played, unique: int | None = None) -> dict[str, Any]:
         row = attack_row(played, self.correct, unique)
@@ -338,11 +247,9 @@ class Playing:
         record["sweeps"] = sweep_rows(rows, self.correct)
         worst, standing = worst_case(rows, self.correct)
         record["worst_case"] = worst
-        places = sorted(self.examples)
-        x_adv = torch.stack([self.examples[k] for k in places]) if places else self.x[:0].cpu()
         name = self.journal.stopped if self.stopped else record["id"]
-        record["examples"] = keep_examples(name, x_adv, self.arranged.index[places])
-        record["diagnosis"] = self._diagnosis(findings, x_adv)
+        record["examples"] = keep_examples(name, self.breaks, self.arranged.index[self.breaks.points])
+        record["diagnosis"] = self._diagnosis(findings)
         record["stopped"] = self.stopped
         origins = [self.contender.origin, *(p.planned.spec.origin for p in rows)]
         record["provenance"] = provenance(origins, self.running.device, self.running.precision, self.started)
@@ -365,17 +272,17 @@ class Playing:
         natural, k = record["natural"]["accuracy"], self.arranged.images.n_classes
         if near_chance(natural, k):
             record["notes"].append(f"natural accuracy {natural:.1f} % is near chance ({100 / k:.1f} %): is it trained?")
-        if self._search is not None:
-            self._search.enter(record)
+        if self.attacker.searched:
+            self.attacker.search.enter(record)
         record["provenance"]["seconds"] = round(time.monotonic() - self.clock, 3)
         outcomes = Outcomes.of(self.arranged.index, self.correct, self.correct & ~standing)
         return record, outcomes
 
-    def _diagnosis(self, findings: list[Indicator], x_adv: Tensor) -> dict[str, Any] | None:
+    def _diagnosis(self, findings: list[Indicator]) -> dict[str, Any] | None:
         if self.stopped or any(i.flag and i.fatal for i in findings):
             return None
-        model = self.build()
-        return diagnose(model, self.surface, self.x, self.y, x_adv.to(self.x.device), self.n_classes)
+        pool = self.pool
+        return diagnose(self.build(), self.surface, pool.x, pool.y, self.breaks, self.attacker.n_classes)
 
 
 def _changes(evidence: str) -> Indicator:

@@ -5,8 +5,6 @@ Accuracies are percentages of all n points. A naturally misclassified point is l
 
 from __future__ import annotations
 
-import hashlib
-import io
 import platform
 import subprocess
 from collections import Counter
@@ -20,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arena.home import atomic_write, home
 from arena.lineup import Group, Planned
 from arena.specs import text
 from arena.statistics import wilson
@@ -183,36 +180,6 @@ def unique_breaks(rows: Sequence[Played]) -> list[int]:
         by_name[p.planned.name] = by_name.get(p.planned.name, torch.zeros_like(p.broken)) | p.broken
     total = torch.stack([b.long() for b in by_name.values()]).sum(0) if rows else torch.zeros(0)
     return [int((by_name[p.planned.name] & (total == 1)).sum()) for p in rows]
-
-
-# -- examples ---------------------------------------------------------------------------------------------------
-
-
-def examples_hash(x_adv: np.ndarray, index: np.ndarray) -> str:
-    """Hash over the uncompressed arrays, so that recompressing a file does not change it."""
-    digest = hashlib.sha256()
-    for array in (np.ascontiguousarray(x_adv, dtype="<f4"), np.ascontiguousarray(index, dtype="<i8")):
-        digest.update(f"{array.shape};".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-def keep_examples(name: str, x_adv: Tensor, index: Tensor) -> dict[str, str]:
-    """Write the verified breaks (M, C, H, W) with data-set indices (M,); return the record's ``examples``.
-
-    ``name`` is the result's id, or says which match was stopped.
-    """
-    pixels, rows = x_adv.detach().cpu().numpy().astype("<f4"), index.cpu().numpy().astype("<i8")
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, x_adv=pixels, index=rows)
-    path = home() / "examples" / f"{name}.npz"
-    atomic_write(path, buffer.getvalue())
-    return {"file": str(path.relative_to(home())), "sha256": examples_hash(pixels, rows)}
-
-
-def drop_examples(name: str) -> None:
-    """Forget what ``keep_examples`` wrote under a name."""
-    (home() / "examples" / f"{name}.npz").unlink(missing_ok=True)
 
 
 # -- provenance -------------------------------------------------------------------------------------------------

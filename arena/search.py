@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from arena.cheaper import Cheaper, make_cheaper
+from arena.check import PROBE
 from arena.engine import Outcome, confirm
 from arena.guard import Guard
 from arena.journal import AttackKeeper
 from arena.lineup import Planned
-from arena.pace import Pace, measure
+from arena.pace import SIZES, Pace, measure
+from arena.points import Rows
 from arena.question import Running
 from arena.surface import Surface
 from arena.target import Target
 
-#: Attacks rows, by their positions (N,), and keeps them.
-Try = Callable[[Tensor, AttackKeeper], Outcome]
+#: Attacks all points, or some by their positions (M,), and keeps them.
+Try = Callable[[Tensor | None, AttackKeeper], Outcome]
 
 
 class Search:
@@ -36,7 +37,7 @@ class Search:
         build: Callable[[], nn.Module],
         surface: Surface,
         n_classes: int,
-        x: Tensor,
+        x: Rows,
         met: Tensor,
         running: Running,
     ) -> None:
@@ -46,16 +47,17 @@ class Search:
             build: makes a fresh model, in eval mode.
             surface: what attackers may use.
             n_classes: width of the logits.
-            x: images (N, C, H, W) of the match.
+            x: images (N, C, H, W) of the match; the first few are looked at.
             met: mask (N,), the points that attacks can meet: no batch is larger.
             running: device, precision and batch size.
         """
-        self._build, self._surface, self._n_classes, self._x, self._running = build, surface, n_classes, x, running
+        self._build, self._surface, self._n_classes, self._running = build, surface, n_classes, running
+        self._x = x[:PROBE]
         self.again = 0
         """Points attacked once more in fp32, because only bf16 saw them broken."""
         self._make()
-        images = x[met.to(x.device)]
-        self.pace = measure(self.target, images if len(images) else x, running.batch_size)
+        images = x[met.nonzero().squeeze(1)[: SIZES[-1]]]
+        self.pace = measure(self.target, images if len(images) else x[: SIZES[-1]], running.batch_size)
 
     def _make(self) -> None:
         running = self._running
@@ -92,11 +94,11 @@ class Search:
             broken: the referee's word on an outcome, (N,) bool.
             over: tells whether the time is up, so that no second try may begin.
         """
-        rows, first = torch.arange(len(y)), keeper("")
+        first = keeper("")
         if self.target.precision == "fp32" or planned.spec.spec.run:
             with self.target.in_fp32():
-                return once(rows, first), first.seconds()
-        outcome = once(rows, first)
+                return once(None, first), first.seconds()
+        outcome = once(None, first)
         seconds = first.seconds()
         second: list[AttackKeeper] = []
 

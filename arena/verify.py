@@ -8,30 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from arena.arrangement import threat_model
 from arena.contender import Contender
-from arena.datasets import Images, describe, open_images, to_float
+from arena.datasets import Images, describe, open_images
 from arena.errors import ArenaError
+from arena.examples import examples_hash, read_examples
 from arena.home import home
 from arena.models import plan
 from arena.plugins import Registry
-from arena.referee import BORDERLINE, Referee
-from arena.results import examples_hash, share
+from arena.points import Pool, Rows, spans
+from arena.referee import BORDERLINE, Judgement, Referee
+from arena.results import share
 from arena.store import open_store
 from arena.threat import Threat
 from arena.watch import Watch
-
-#: Largest unpacked examples file that is read, bytes.
-LIMIT = 8 * 2**30
 
 
 @dataclass(frozen=True)
@@ -199,36 +197,7 @@ def _claim(
         raise ArenaError(f"{what}: not a result of arena (lacks {e})") from None
 
 
-def read_examples(path: Path) -> tuple[Tensor, Tensor]:
-    """Read ``x_adv`` float32 (M, C, H, W) and ``index`` int64 (M,); sizes are checked before anything is unpacked.
-
-    Raises:
-        ArenaError: missing, corrupt, oversized or malformed file.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(i.file_size for i in archive.infolist())
-        if size > LIMIT:
-            raise ArenaError(f"{path}: unpacks to {size / 2**30:.1f} GiB, expected at most {LIMIT / 2**30:.0f}")
-        with np.load(path, allow_pickle=False) as file:
-            lacking = [k for k in ("x_adv", "index") if k not in file]
-            if lacking:
-                raise ArenaError(f"{path}: lacks {', '.join(lacking)}; it holds {', '.join(file.files) or 'nothing'}")
-            x_adv, index = file["x_adv"], file["index"]
-    except FileNotFoundError:
-        raise ArenaError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
-        raise ArenaError(f"{path}: not a readable npz file ({e})") from None
-    if x_adv.dtype != np.float32 or x_adv.ndim != 4:
-        raise ArenaError(f"{path}: x_adv is {x_adv.dtype} {x_adv.shape}, expected float32 (M, C, H, W)")
-    if index.dtype != np.int64 or index.shape != x_adv.shape[:1]:
-        raise ArenaError(f"{path}: index is {index.dtype} {index.shape}, expected int64 ({len(x_adv)},)")
-    if len(np.unique(index)) != len(index):
-        raise ArenaError(f"{path}: index names a point twice")
-    return torch.from_numpy(x_adv), torch.from_numpy(index)
-
-
-def _matches(record: dict[str, Any], contender: Contender, images: Images, x_adv: Tensor, rows: Tensor) -> list[str]:
+def _matches(record: dict[str, Any], contender: Contender, images: Images, x_adv: Rows, rows: Tensor) -> list[str]:
     """Check that model, data and file are those of the record; return what is not, in words."""
     lines = []
     if contender.id != record["model"]["id"]:
@@ -238,7 +207,7 @@ def _matches(record: dict[str, Any], contender: Contender, images: Images, x_adv
         )
     if images.sha256 != record["asked"].get("data_sha256", images.sha256):
         raise ArenaError(f"data set '{images.name}' is not the one of result {record['id']}")
-    if examples_hash(x_adv.numpy(), rows.numpy()) != record["examples"]["sha256"]:
+    if examples_hash(x_adv, rows.numpy()) != record["examples"]["sha256"]:
         lines.append("the examples file is not the one the result was made with (its hash differs)")
     points = images.subset(record["asked"]["n"])
     if hashlib.sha256(points.numpy().astype("<i8").tobytes()).hexdigest() != record["asked"]["indices_sha256"]:
@@ -247,7 +216,7 @@ def _matches(record: dict[str, Any], contender: Contender, images: Images, x_adv
 
 
 def _score(
-    claim: Claim, contender: Contender, images: Images, x_adv: Tensor, rows: Tensor, lines: list[str], device: str
+    claim: Claim, contender: Contender, images: Images, x_adv: Rows, rows: Tensor, lines: list[str], device: str
 ) -> Verification:
     outside = (rows < 0) | (rows >= len(images.y_test))
     if bool(outside.any()):
@@ -256,15 +225,13 @@ def _score(
         raise ArenaError(f"{claim.file}: x_adv holds {tuple(x_adv.shape[1:])} images, '{images.name}' {images.shape}")
     referee = Referee(contender.build().to(device), claim.threat, contender.surface.random, device)
     points = rows if claim.record is None else images.subset(claim.record["asked"]["n"])
-    clean, labels = to_float(images.x_test[points]).to(device), images.y_test[points].to(device)
-    correct = (referee.score(clean, labels, points).predicted == labels).cpu()
-    x, y = to_float(images.x_test[rows]).to(device), images.y_test[rows].to(device)
-    word = referee.judge(x, x_adv.to(device), y, rows)
-    right = (referee.score(x, y, rows).predicted == y).cpu()
-    broken = set(rows[word.broken.cpu() & right].tolist())
+    correct = Pool.of(images, points, device).correct(referee)
+    kept = Pool.of(images, rows, device)
+    right, word = kept.correct(referee), _judge(referee, kept, x_adv)
+    broken = set(rows[word.broken & right].tolist())
     standing = correct & torch.tensor([int(i) not in broken for i in points.tolist()], dtype=torch.bool)
-    standing_claim = (word.valid & ~word.broken).cpu() & right
-    borderline = int((standing_claim & (word.margin.cpu().abs() < BORDERLINE)).sum())
+    standing_claim = word.valid & ~word.broken & right
+    borderline = int((standing_claim & (word.margin.abs() < BORDERLINE)).sum())
     refuted = int(standing_claim.sum()) - borderline
     natural, robust, interval = share(correct)[0] if len(correct) else 0.0, None, None
     if claim.record is not None:
@@ -291,6 +258,19 @@ def _score(
         contender.id,
         lines,
     )
+
+
+def _judge(referee: Referee, kept: Pool, x_adv: Rows) -> Judgement:
+    """Return the referee's word on all examples, on the CPU, with no more than a shard of them in memory."""
+    none = torch.zeros(0, dtype=torch.bool)
+    words, violations = [(none, none, torch.zeros(0))], Counter[str]()
+    for span in spans(len(kept)):
+        points = kept.take(span)
+        word = referee.judge(points.x, x_adv[span].to(points.x.device), points.y, points.index)
+        words.append((word.broken.cpu(), word.valid.cpu(), word.margin.cpu()))
+        violations.update(word.violations)
+    broken, valid, margin = map(torch.cat, zip(*words, strict=True))
+    return Judgement(broken, valid, margin, dict(violations), 0)
 
 
 def _differences(

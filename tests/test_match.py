@@ -15,10 +15,11 @@ import torch
 from arena.arrangement import arrange
 from arena.datasets import digits, to_float
 from arena.errors import ArenaError
+from arena.examples import examples_hash
 from arena.match import play
 from arena.question import Question, Running
 from arena.referee import DRAWS
-from arena.results import examples_hash, unpacked
+from arena.results import unpacked
 from arena.store import open_store
 from arena.verify import verify
 from arena.watch import Silent

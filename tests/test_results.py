@@ -1,8 +1,7 @@
-"""Records add up: shares, rosters, sweeps, worst case, examples' hash."""
+"""Records add up: shares, rosters, sweeps, worst case."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,8 +12,6 @@ from arena.plugins import BUILT_IN, Registered
 from arena.results import (
     Played,
     attack_row,
-    examples_hash,
-    keep_examples,
     packed,
     roster_row,
     share,
@@ -24,7 +21,6 @@ from arena.results import (
     worst_case,
 )
 from arena.specs import AttackSpec
-from arena.verify import read_examples
 
 
 def planned(name: str, sweep: str = "", standalone: bool = False) -> Planned:
@@ -108,16 +104,6 @@ def test_a_sweep_counts_a_point_as_robust_only_if_no_row_breaks_it():
     (row,) = sweep_rows(rows, CORRECT)
     assert row["name"] == "l"
     assert row["robust_accuracy"] == 50.0
-
-
-def test_examples_keep_their_hash_through_the_file(arena_home):
-    x = torch.rand(3, 1, 4, 5)
-    kept = keep_examples("abc", x, torch.tensor([5, 2, 9]))
-    back, index = read_examples(arena_home / kept["file"])
-    assert torch.equal(back, x)
-    assert index.tolist() == [5, 2, 9]
-    assert examples_hash(back.numpy(), index.numpy()) == kept["sha256"]
-    assert examples_hash(back.numpy() + np.float32(1e-7), index.numpy()) != kept["sha256"]
 
 
 def test_rows_that_did_not_work_have_no_number():

@@ -17,6 +17,7 @@ from arena.attack import Answer, Query, Setup
 from arena.auditing.thresholds import DRAWS, FEWEST
 from arena.engine import run_iterated
 from arena.plugins import Registry
+from arena.points import Points
 from arena.referee import Referee, relative_margin
 from arena.rng import Stream
 from arena.specs import Indicator, load
@@ -35,21 +36,6 @@ QUERIES, QUERIES_DEEP = 250, 1500
 #: What to run next: without gradients; with losses that have no scale.
 BLACK_BOX = "square(queries=20000)"
 MARGINS = "pgd(loss=margin,steps=200,restarts=10),apgd_dlr(restarts=5),apgd_t"
-
-
-@dataclass(frozen=True)
-class Points:
-    """Some of the match's points, all naturally correct."""
-
-    x: Tensor
-    """(N, C, H, W)."""
-    y: Tensor
-    """(N,)."""
-    index: Tensor
-    """(N,) data-set indices."""
-
-    def __len__(self) -> int:
-        return len(self.y)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from torch import Tensor
 from arena.audit import FROM_ROWS, AuditContext, Audited, again, audit
 from arena.auditing import thresholds
 from arena.auditing.indicators import BUILT_IN
-from arena.auditing.probing import Points, Probe
+from arena.auditing.probing import Probe
 from arena.contender import seeded
+from arena.points import Points
 from arena.results import Played
 from arena.rng import Stream
 from arena.specs import Indicator
@@ -39,7 +40,7 @@ def audit_match(
     clock, deep = time.monotonic(), running.audit == "deep"
     size = thresholds.SAMPLE_DEEP if deep else thresholds.SAMPLE
     batch = running.batch_size or DEFAULT_BATCH
-    target = Target(match.build(), match.surface, match.n_classes, batch, running.device)
+    target = Target(match.build(), match.surface, match.attacker.n_classes, batch, running.device)
     stream = Stream.of(match.arranged.question.seed, "audit")
     probe = Probe(
         target=target,
@@ -57,7 +58,7 @@ def audit_match(
     context = AuditContext(record, tuple(findings), tuple(rows), probe)
     match.watch.phase("audit", len(FROM_ROWS) + len(BUILT_IN), "indicators")
     # A random model draws from the global generator: the same audit draws the same numbers.
-    with seeded(int(stream.bits(match.index[:1], 0, 0, 1)[0, 0])):
+    with seeded(int(stream.bits(match.pool.index[:1], 0, 0, 1)[0, 0])):
         found = audit(context, match.watch.advance)
         found += _of_plugins(match.registry, context)
     return Audited(found, target.meter.forwards, target.meter.backwards, round(time.monotonic() - clock, 3))
@@ -74,5 +75,4 @@ def _of_plugins(registry: Registry, context: AuditContext) -> tuple[Indicator, .
 
 def _points(match: Playing, mask: Tensor, size: int) -> Points:
     """Return the first points of a mask (n,): a constant of the data set, as the match's own are."""
-    rows = mask.nonzero().squeeze(1)[:size].to(match.x.device)
-    return Points(match.x[rows], match.y[rows], match.index[rows])
+    return match.pool.take(mask.nonzero().squeeze(1)[:size])
