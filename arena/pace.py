@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from arena.contender import seeded
-from arena.target import DEFAULT_BATCH, PAD, Target, out_of_memory, padded
+from arena.target import DEFAULT_BATCH, STEP, Target, out_of_memory, padded
 
-#: Batch sizes that are tried, in this order; before them one of ``PAD`` rows, which says what they will take.
+#: Batch sizes that are tried, in this order; before them one of ``STEP`` rows, which says what they will take.
 SIZES = (32, 64, 128, 256, 512, 1024)
 #: Timed pairs of passes a size, after one that is not: at least, and at most in ``A_SIZE`` seconds.
 PASSES, MOST, A_SIZE = 2, 12, 0.01
-#: Seconds in which all sizes are tried. What a first batch of ``PAD`` rows takes is not among them.
+#: Seconds in which all sizes are tried. What a first batch of ``STEP`` rows takes is not among them.
 ENOUGH = 0.2
 #: Seconds that an attack's and the engine's own work takes for each batch, as measured on digits with square; so a
 #: small model's batches are large.
@@ -77,7 +77,7 @@ def measure(target: Target, x: Tensor, batch_size: int | None = None) -> Pace | 
 
 def _measured(target: Target, x: Tensor, wanted: int | None) -> Pace:
     most = min(padded(len(x)), wanted or SIZES[-1])
-    small = _timed(target, x, PAD, 0.0)
+    small = _timed(target, x, STEP, 0.0)
     last, spent, full = small, 0.0, 0
     limit, a_row = float("inf"), 0.0
     found: list[_Timed] = []
@@ -87,7 +87,7 @@ def _measured(target: Target, x: Tensor, wanted: int | None) -> Pace:
             break
         try:
             if wanted is None and not a_row:
-                limit, a_row = SHARE * free_memory(target.device), memory_of_a_row(target, x[:PAD])
+                limit, a_row = SHARE * free_memory(target.device), memory_of_a_row(target, x[:STEP])
             if a_row * size > limit:
                 full = size
                 break

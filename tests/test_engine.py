@@ -105,9 +105,9 @@ def test_costs_by_row_add_up_to_the_meter(points):
     assert torch.equal(got.forwards[unbroken], (points[2] % 12 + 2)[unbroken])
 
 
-def test_padding_is_to_multiples_of_eight_and_not_counted():
-    assert [padded(k) for k in (1, 7, 8, 9, 250)] == [8, 8, 8, 16, 256]
-    assert pad(torch.zeros(3, 1, 2, 2)).shape[0] == 8
+def test_padding_is_to_multiples_of_eight_from_sixteen_on_and_not_counted():
+    assert [padded(k) for k in (1, 8, 16, 17, 250)] == [16, 16, 16, 24, 256]
+    assert pad(torch.zeros(3, 1, 2, 2)).shape[0] == 16
     target = Target(net(), Surface(), 10)
     target.logits(torch.rand(3, 1, 8, 8))
     assert (target.meter.forwards, target.meter.backwards) == (3, 0)

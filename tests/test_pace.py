@@ -77,7 +77,7 @@ def test_other_errors_and_a_memory_that_holds_nothing_are_passed_on():
     target = Target(Small(room=7, error=MemoryError()), Surface(), 10, 64)
     with pytest.raises(MemoryError):
         target.logits(X)
-    assert target.batch_size == 8
+    assert target.batch_size == 16
     target = Target(Small(room=7, error=RuntimeError("planted")), Surface(), 10, 64)
     with pytest.raises(RuntimeError, match="planted"):
         target.logits(X)
