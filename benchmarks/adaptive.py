@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 from audit_gallery import install
+from pairing import discordant
 
 from arena.match import play
 from arena.plugins import Registry
 from arena.question import Question, Running
 from arena.results import unpacked
-from arena.statistics import mcnemar
 from arena.watch import Silent
 
 #: By their canonical names; ``rt`` is the default.
@@ -129,15 +129,8 @@ def spread(values: Iterable[float]) -> str:
 
 
 def beyond(found: Sequence[Matrix]) -> tuple[int, int, float]:
-    """Count points that only ``adaptive`` and only ``autoattack`` breaks, over all seeds; p is McNemar's, exact.
-
-    The seeds share their test images, so an image counts once in the test: for the side that alone breaks it in more
-    of the seeds, for none where both do equally often.
-    """
-    pairs = [(m.union("adaptive"), m.union("autoattack")) for m in found if m.met("autoattack")]
-    b, c = (sum(int((x & ~y).sum()) for x, y in side) for side in (pairs, [(y, x) for x, y in pairs]))
-    lead = np.sum([x.astype(int) - y for x, y in pairs], axis=0)
-    return b, c, mcnemar(int((lead > 0).sum()), int((lead < 0).sum()))
+    """Count points that only ``adaptive`` and only ``autoattack`` breaks, over all seeds; p as in ``discordant``."""
+    return discordant(("test", m.union("adaptive"), m.union("autoattack")) for m in found if m.met("autoattack"))
 
 
 def credit(found: Sequence[Matrix], most: int = 3) -> str:

@@ -251,7 +251,7 @@ def settings(pairs: int, device: str) -> list[str]:
     if torch.device(device).type == "cuda":
         machine = torch.cuda.get_device_name()
     else:
-        machine = f"{_processor()}, {torch.get_num_threads()} thread, CPU seconds"
+        machine = f"{processor()}, {torch.get_num_threads()} thread, CPU seconds"
     today = time.strftime("%Y-%m-%d", time.gmtime())
     return [
         f"{machine}; medians of {pairs} runs that take turns.",
@@ -259,7 +259,8 @@ def settings(pairs: int, device: str) -> list[str]:
     ]
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

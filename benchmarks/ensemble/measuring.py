@@ -1,0 +1,275 @@
+"""What is measured, cell by cell and in which order; a cell that is there is not measured again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arena.lineup import describe, line_up
+from arena.plugins import Registry
+from arena.results import unpacked
+from arena.surface import Surface
+from arena.watch import Silent
+
+from . import games
+from .cases import Case, Subject, named, subject
+from .cells import Cells
+from .peers import Environment
+
+#: The reference's members by arena's names; torchattacks has all four.
+MEMBERS = ("apgd_ce", "apgd_t", "fab_t", "square")
+#: What the overhead is measured on.
+PGD_STEPS = 20
+#: The overhead's peers.
+PGD_PEERS = ("torchattacks", "foolbox", "art")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asks for."""
+
+    cases: tuple[str, ...]
+    seeds: tuple[int, ...]
+    n: int
+    cifar: Path | None
+    cifar_n: int
+    fast: str
+    full: str
+    bf16: bool
+    """Play the fast roster in bf16 too."""
+    frontier: tuple[str, ...]
+    pairs: int
+    threads: tuple[int, ...]
+    members: tuple[str, ...]
+    """Cases on which members are compared."""
+    overhead: tuple[str, ...]
+    """Cases on which the overhead is measured."""
+    steps: int
+    queries: int
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A cell with what it is an answer to."""
+
+    case: str
+    seed: int
+    way: str
+    threads: int
+    pair: int
+    cell: Mapping[str, Any]
+
+    @property
+    def n(self) -> int:
+        """Points."""
+        return int(self.cell["n"])
+
+    @property
+    def natural(self) -> np.ndarray:
+        """(n,) bool: naturally correct."""
+        return unpacked(self.cell["natural"], self.n)
+
+    @property
+    def broken(self) -> np.ndarray:
+        """(n,) bool, by the referee's word."""
+        return unpacked(self.cell["broken"], self.n)
+
+    @property
+    def standing(self) -> int:
+        """Points left."""
+        return int((self.natural & ~self.broken).sum())
+
+    @property
+    def images(self) -> str:
+        """Name of the images, which cases share."""
+        return "cifar" if named(self.case).cifar else "digits"
+
+
+@dataclass
+class Found:
+    """All cells that are known, by part."""
+
+    runs: list[Run] = field(default_factory=list)
+    """Whole evaluations: ``fast``, ``full``, ``plain``, ``reference``, and the entries of the frontier."""
+    members: list[Run] = field(default_factory=list)
+    """Ways are ``MEMBER, arena`` and ``MEMBER, torchattacks``."""
+    overhead: list[Run] = field(default_factory=list)
+    """Ways are ``pgd, LIBRARY`` and ``autoattack, arena``."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """What could not be measured, and why."""
+
+
+Say = Callable[[str], None]
+
+
+def spoken(text: str) -> None:
+    """Say something on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Watching(Silent):
+    """Says what is being trained."""
+
+    def say(self, text: str) -> None:
+        spoken(text)
+
+
+class Bench:
+    """Measures what is missing, or finds it."""
+
+    def __init__(self, settings: Settings, cells: Cells, registry: Registry, peers: Environment, say: Say) -> None:
+        self.settings, self.cells, self.registry, self.peers, self.say = settings, cells, registry, peers, say
+        self.found = Found(left_out=dict(peers.missing))
+
+    def run(self) -> Found:
+        """Go through all parts."""
+        parts = {"runs": self._runs, "members": self._members, "overhead": self._overhead, "frontier": self._frontier}
+        for part in self.settings.parts:
+            parts[part]()
+        return self.found
+
+    # -- the parts -------------------------------------------------------------------------------------------------
+
+    def _runs(self) -> None:
+        for on, threads, pair in self._turns(self.settings.cases, self.settings.seeds):
+            ways = self.ways()
+            for way in ways if pair % 2 == 0 else ways[::-1]:
+                self._whole(on, way, threads, pair)
+
+    def ways(self) -> list[str]:
+        """List the whole evaluations that take turns."""
+        s = self.settings
+        known = [s.fast, *([f"{s.fast}, bf16"] if s.bf16 else []), s.full, f"{s.full}, plain"]
+        return [*known, *(["reference"] if self.peers.has("pyautoattack") else [])]
+
+    def _whole(self, on: Subject, way: str, threads: int, pair: int) -> None:
+        """Measure one whole evaluation. Arena's own entries have no seed but their train seed: attack seeds are 0."""
+        s = self.settings
+        entry = way.removesuffix(", bf16").removesuffix(", plain")
+        if way == "reference":
+            asked = self._asked(on, way, threads, pair, self.peers.version("pyautoattack"))
+            work = self._peer(on, "reference", "pyautoattack", threads, 0)
+        elif way == f"{s.full}, plain":
+            asked = self._asked(on, way, threads, pair, self._made_of(entry, on))
+            work = lambda: games.play_plainly(on, entry, 0, threads, self.registry)  # noqa: E731
+        else:
+            asked = self._asked(on, way, threads, pair, self._made_of(entry, on))
+            precision = "bf16" if way.endswith(", bf16") else "fp32"
+            work = lambda: games.play(on, entry, precision, 0, threads, self.registry)  # noqa: E731
+        self._keep("runs", self.found.runs, on, asked, work)
+
+    def _members(self) -> None:
+        s = self.settings
+        for on, threads, pair in self._turns(s.members, s.seeds, once=True):
+            for name in MEMBERS:
+                option = f"queries={s.queries}" if name == "square" else f"steps={s.steps}"
+                entry, way = f"{name}({option})", f"{name}, arena"
+                asked = self._asked(on, way, threads, pair, self._made_of(entry, on))
+                self._keep("members", self.found.members, on, asked, self._engine(on, entry, on.seed, threads))
+                if not self.peers.has("torchattacks"):
+                    continue
+                way = f"{name}, torchattacks"
+                asked = self._asked(on, way, threads, pair, [option, self.peers.version("torchattacks")])
+                work = self._peer(on, "member", "torchattacks", threads, on.seed, member=name)
+                self._keep("members", self.found.members, on, asked, work)
+
+    def _engine(self, on: Subject, entry: str, seed: int, threads: int) -> Callable[[], dict[str, Any]]:
+        return lambda: games.play(on, entry, "fp32", seed, threads, self.registry)
+
+    def _overhead(self) -> None:
+        s = self.settings
+        for on, threads, pair in self._turns(s.overhead, s.seeds[:1]):
+            for label, entry in (("pgd", f"pgd(steps={PGD_STEPS})"), (s.full, s.full)):
+                asked = self._asked(on, f"{label}, arena", threads, pair, self._made_of(entry, on))
+                self._keep("overhead", self.found.overhead, on, asked, self._in_turn(on, entry, threads))
+            for library in PGD_PEERS:
+                if self.peers.has(library):
+                    asked = self._asked(on, f"pgd, {library}", threads, pair, self.peers.version(library))
+                    work = self._peer(on, "pgd", library, threads, 0, steps=PGD_STEPS)
+                    self._keep("overhead", self.found.overhead, on, asked, work)
+                else:
+                    self.found.left_out.setdefault(library, "not installed")
+
+    def _in_turn(self, on: Subject, entry: str, threads: int) -> Callable[[], dict[str, Any]]:
+        return lambda: games.play_in_turn(on, entry, 0, threads, self.registry)
+
+    def _frontier(self) -> None:
+        s = self.settings
+        done = {(r.case, r.seed, r.way) for r in self.found.runs}
+        for on, threads, pair in self._turns(s.cases, s.seeds, once=True):
+            for entry in (*s.frontier, s.fast, s.full):
+                if (on.case.name, on.seed, entry) not in done:
+                    self._whole(on, entry, threads, pair)
+
+    # -- cells -----------------------------------------------------------------------------------------------------
+
+    def _turns(
+        self, cases: Sequence[str], seeds: Sequence[int], once: bool = False
+    ) -> Iterator[tuple[Subject, int, int]]:
+        """Yield (subject, threads, pair); ``once``: one number of threads and one pair, for exact figures only."""
+        for name in cases:
+            case = named(name)
+            if case.cifar and self.settings.cifar is None:
+                self.found.left_out[f"case {name}"] = "no --cifar FILE was given"
+                continue
+            for seed in seeds:
+                on = self._subject(case, seed)
+                for threads in self.settings.threads[: 1 if once else None]:
+                    for pair in range(1 if once else self.settings.pairs):
+                        yield on, threads, pair
+
+    def _subject(self, case: Case, seed: int) -> Subject:
+        s = self.settings
+        return subject(case, seed, s.cifar_n if case.cifar else s.n, s.cifar, self.registry, Watching())
+
+    def _asked(self, on: Subject, way: str, threads: int, pair: int, what: Any) -> dict[str, Any]:
+        return {**on.asked, "way": way, "threads": threads, "pair": pair, "what": what}
+
+    def _made_of(self, entry: str, on: Subject) -> list[Any]:
+        """Return what decides what an entry is: its version, and the attacks of its roster with their options."""
+        groups = line_up((entry,), self.registry, Surface(), on.threat, on.images.n_classes)
+        return [describe((entry,), self.registry), [p.name for g in groups for p in g.attacks]]
+
+    def _peer(
+        self, on: Subject, what: str, library: str, threads: int, seed: int, member: str = "", steps: int | None = None
+    ) -> Callable[[], dict[str, Any]]:
+        s = self.settings
+        job = {
+            "what": what,
+            "library": library,
+            "member": member,
+            "case": on.case.name,
+            "train_seed": on.seed,
+            "n": len(on.index),
+            "cifar": str(s.cifar or ""),
+            "seed": seed,
+            "steps": s.steps if steps is None else steps,
+            "queries": s.queries,
+            "threads": threads,
+        }
+
+        def work() -> dict[str, Any]:
+            on.obtain()  # the peer's process trains nothing
+            return self.peers.ask(job)
+
+        return work
+
+    def _keep(
+        self, part: str, into: list[Run], on: Subject, asked: dict[str, Any], work: Callable[[], dict[str, Any]]
+    ) -> None:
+        fresh = self.cells.read(part, asked) is None
+        cell = self.cells.measure(part, asked, work)
+        where = f"{part}: {on.case.name}, train seed {on.seed}, {asked['way']}"
+        if cell is None:
+            self.found.left_out[where] = "not measured"
+            return
+        run = Run(on.case.name, on.seed, asked["way"], asked["threads"], asked["pair"], cell)
+        into.append(run)
+        if fresh:
+            self.say(f"{where}: {run.standing} of {run.n} stand, {cell['seconds']:.1f} s")

@@ -1,0 +1,193 @@
+"""Writes the page: what was asked and what was found, the tables, the settings, how to renew it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from findings.judging import Table
+from findings.page import markdown
+from speed import processor
+
+from arena.home import atomic_write
+
+from . import tables
+from .frontier import figure, frontier, spots
+from .measuring import Found, Run, Settings
+from .tables import Compared, compare, couples, number, ratio, times
+
+#: What is asked of the fast roster and of the full one.
+POOLED_GAP, CASE_GAP = 0.3, 1.0
+FEWER = {"forwards": 40.0, "backwards": 10.0, "seconds": 40.0}
+FULL_FASTER = 3.0
+OVERHEAD = {"pgd": 1.05, "full": 1.15}
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How the evaluations are called in the cells."""
+
+    fast: str
+    full: str
+
+    @property
+    def plain(self) -> str:
+        """The full roster, driven plainly."""
+        return f"{self.full}, plain"
+
+
+def yes(holds: bool | None) -> str:
+    """Write whether something holds."""
+    return tables.DASH if holds is None else "**yes**" if holds else "**no**"
+
+
+def asked(found: Found, ways: Ways) -> Table:
+    """Set what is asked against what was measured."""
+    rows = [["asked", "bound", "measured", "holds"]]
+    runs, fast, full = found.runs, ways.fast, ways.full
+    word = compare(couples(runs, fast, full))
+    rows.append(_gap(f"`{fast}` not above `{full}`, pooled, points", POOLED_GAP, word))
+    each = {case: compare(couples(runs, fast, full, case)) for case in tables.cases_of(runs)}
+    known = {case: w for case, w in each.items() if w is not None}
+    if known:
+        case = max(known, key=lambda c: known[c].gap)
+        rows.append(_gap(f"`{fast}` not above `{full}` on any model, points; worst: `{case}`", CASE_GAP, known[case]))
+    threads = runs[0].threads if runs else 0
+    turn = [r for r in runs if r.threads == threads]
+    for key, bound in FEWER.items():
+        found_ratio = ratio(turn, ways.plain, fast, key)
+        rows.append(_least(f"{key}, the plain run over `{fast}`", bound, found_ratio))
+    for key in FEWER:
+        rows.append([f"{key}, `{full}` over `{fast}`", tables.DASH, times(ratio(turn, full, fast, key)), tables.DASH])
+    same = compare(couples(runs, full, ways.plain))
+    differing = None if same is None else same.only_a + same.only_b
+    holds = None if differing is None else differing == 0
+    rows.append([f"points on which `{full}` and the plain run differ", "0", _count(differing), yes(holds)])
+    rows.append(_least(f"seconds, the plain run over `{full}`", FULL_FASTER, ratio(turn, ways.plain, full, "seconds")))
+    rows += _overheads(found.overhead, full)
+    return Table(rows)
+
+
+def _gap(says: str, bound: float, word: Compared | None) -> list[str]:
+    measured = tables.DASH if word is None else f"{word.gap:+.2f}"
+    return [says, f"at most {bound:g}", measured, yes(None if word is None else word.gap <= bound)]
+
+
+def _least(says: str, bound: float, measured: float | None) -> list[str]:
+    return [says, f"at least {bound:g}", times(measured), yes(None if measured is None else measured >= bound)]
+
+
+def _count(value: int | None) -> str:
+    return tables.DASH if value is None else str(value)
+
+
+def _overheads(runs: Sequence[Run], full: str) -> list[list[str]]:
+    rows = []
+    for label, key in (("pgd", "pgd"), (full, "full")):
+        some = [r for r in runs if r.case == "cifar" and r.way == f"{label}, arena"]
+        value = tables.median(some, lambda r: r.cell["seconds"] / r.cell["bare"])
+        holds = None if value is None else value <= OVERHEAD[key]
+        rows.append(
+            [f"`{label}` over its bare passes, `cifar`", f"at most {OVERHEAD[key]:g}", number(value), yes(holds)]
+        )
+    return rows
+
+
+def settings_lines(found: Found, settings: Settings, versions: Sequence[str]) -> list[str]:
+    """Say on what and how it was measured."""
+    cells = [r.cell for r in (*found.runs, *found.members, *found.overhead)]
+    dates = sorted({c["date"] for c in cells}) or ["never"]
+    loads = sorted(c["load"] for c in cells) or [0.0]
+    made = sorted({f"arena {c['arena']}, torch {c['torch']}" for c in cells})
+    threads = ", ".join(map(str, settings.threads))
+    return [
+        f"- {processor()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}; "
+        f"{'; '.join(made)}; {', '.join(versions) or 'no peer'}.",
+        f"- Measured {dates[0]}{'' if dates[0] == dates[-1] else f' to {dates[-1]}'}; load of the machine when a cell "
+        f"began: {loads[0]:.1f} to {loads[-1]:.1f}.",
+        f"- torch's threads: {threads}. A match of a small model takes one of them, whatever it is given.",
+        f"- Digits: {settings.n} points, Linf eps 0.2; CIFAR-10: the first {settings.cifar_n} test pictures, Linf eps "
+        f"8/255. Train seeds {', '.join(map(str, settings.seeds))}; attack seed 0, of the members the train seed.",
+        f"- Seconds are medians of {settings.pairs} paired run{'s' * (settings.pairs != 1)} that take turns. Forwards "
+        "and backwards are rows, counted exactly, and do not differ from run to run.",
+    ]
+
+
+NOTES = """\
+- *plain* is arena's own four attacks with the roster's settings, driven without arena's engine: the eager model in
+  fp32, batches of 250 survivors (padded to 256, as all of arena's batches are), no refill; a broken point stays in its
+  batch until its run is over, and is dropped between attacks, restarts and targets, in Square at each query.
+- *reference* is the authors' AutoAttack, version `standard`, in batches of 250: APGD-CE, then 9 targets of APGD-T and
+  FAB-T of 100 iterations, then 5,000 queries of Square, each on what the one before left. What it returns is judged by
+  arena's referee. Its noise is its own: its outcomes are compared by test, not point by point.
+- *only* counts points over all train seeds that one side alone breaks. p is McNemar's exact test in which an image
+  counts once, for the side that alone breaks it on more of the models that share it.
+- *gap* is the first side's robust accuracy less the second's, in points: below zero the first finds more.
+- *seconds* are of the attacks alone, wall; *whole* is the match with its checks, its timing and the referee. *bare* is
+  what as many forwards and backwards take with nothing around them, timed in the same process: of arena's own runs the
+  search copy's, else the eager model's.
+"""
+
+
+def write(out: Path | None, found: Found, settings: Settings, ways: Ways, command: str, versions: Sequence[str]) -> str:
+    """Return the page, and write it with its figure where ``out`` is given."""
+    drawn = spots(found.runs, (*settings.frontier, ways.fast, ways.full), ways.full)
+    fast = [w for w in (ways.fast, f"{ways.fast}, bf16") if tables.pick(found.runs, way=w)]
+    all_ways = [*fast, ways.full, ways.plain, "reference"]
+    others = [ways.plain, ways.full, "reference"]
+    parts: list[tuple[str, Table]] = [
+        ("What was asked", asked(found, ways)),
+        ("Models", tables.models(found.runs, ways.full)),
+        (f"`{ways.fast}` against `{ways.full}`", tables.outcomes(found.runs, ways.fast, ways.full)),
+        ("Times less", tables.savings(found.runs, fast, others)),
+        ("Passes and seconds", tables.cost(found.runs, all_ways)),
+        (f"`{ways.full}` against the plain run and the reference", tables.faithful(found.runs, ways.full, ways.plain)),
+        ("Members against torchattacks'", tables.members(found.members)),
+        ("Overhead over bare passes", tables.overhead(found.overhead)),
+        ("Robust accuracy against passes", frontier(drawn, ways.full)),
+    ]
+    body = [line for title, table in parts for line in _section(title, table)]
+    if out is not None and drawn:
+        atomic_write(out.parent / "figures" / f"{out.stem}.svg", figure(drawn, ways.full))
+        body += [f"![Robust accuracy against passes](figures/{out.stem}.svg)", ""]
+        body += ["*Blue dots: nothing cheaper finds as much. Orange crosses: something cheaper does.*", ""]
+    left = [f"- {what}: {why}" for what, why in found.left_out.items()]
+    text = "\n".join(
+        [
+            "# The ensembles",
+            "",
+            *_wrapped(
+                f"`{ways.fast}` against `{ways.full}`, and both against the reference and the peers. Made by "
+                f"`{command}`; do not edit. The same command renews it: what lies under `--results` is not measured "
+                "again, and an empty folder there measures all from scratch. What it says about speed in words stands "
+                "in [speed](speed.md)."
+            ),
+            "",
+            *body,
+            "## How to read this",
+            "",
+            NOTES,
+            "## Settings",
+            "",
+            *[line for s in settings_lines(found, settings, versions) for line in _wrapped(s)],
+            "",
+            *(["## Left out", "", *left, ""] if left else []),
+        ]
+    )
+    if out is not None:
+        atomic_write(out, text.encode())
+    return text
+
+
+def _section(title: str, table: Table) -> list[str]:
+    lines = markdown(table) if len(table.rows) > 1 else ["Not measured.", ""]
+    return [f"## {title}", "", *lines]
+
+
+def _wrapped(text: str) -> list[str]:
+    hang = "  " if text.startswith("- ") else ""
+    return textwrap.wrap(text, 120, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False)
