@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [*(sys.argv[1:] if arguments is None else arguments)]
     try:
         settings, found = settings_of(given), registry()
-        check_entries((settings.fast, settings.full, *settings.frontier), found)
+        check_entries(tuple(dict.fromkeys((settings.fast, settings.full, *settings.frontier))), found)
         cells = Cells(
             given.results or home() / "ensemble", given.known, tuple(split(given.again)) if given.again else ()
         )

@@ -100,7 +100,7 @@ class Found:
     members: list[Run] = field(default_factory=list)
     """Ways are ``MEMBER, arena`` and ``MEMBER, torchattacks``."""
     overhead: list[Run] = field(default_factory=list)
-    """Ways are ``pgd, LIBRARY`` and ``autoattack, arena``."""
+    """Ways are ``pgd, LIBRARY`` and the full roster."""
     left_out: dict[str, str] = field(default_factory=dict)
     """What could not be measured, and why."""
 
@@ -126,6 +126,7 @@ class Bench:
     def __init__(self, settings: Settings, cells: Cells, registry: Registry, peers: Environment, say: Say) -> None:
         self.settings, self.cells, self.registry, self.peers, self.say = settings, cells, registry, peers, say
         self.found = Found(left_out=dict(peers.missing))
+        self._warm = False
 
     def run(self) -> Found:
         """Go through all parts."""
@@ -148,8 +149,8 @@ class Bench:
         known = [s.fast, *([f"{s.fast}, bf16"] if s.bf16 else []), s.full, f"{s.full}, plain"]
         return [*known, *(["reference"] if self.peers.has("pyautoattack") else [])]
 
-    def _whole(self, on: Subject, way: str, threads: int, pair: int) -> None:
-        """Measure one whole evaluation. Arena's own entries have no seed but their train seed: attack seeds are 0."""
+    def _whole(self, on: Subject, way: str, threads: int, pair: int, into: list[Run] | None = None) -> None:
+        """Measure one whole evaluation, with attack seed 0."""
         s = self.settings
         entry = way.removesuffix(", bf16").removesuffix(", plain")
         if way == "reference":
@@ -161,8 +162,8 @@ class Bench:
         else:
             asked = self._asked(on, way, threads, pair, self._made_of(entry, on))
             precision = "bf16" if way.endswith(", bf16") else "fp32"
-            work = lambda: games.play(on, entry, precision, 0, threads, self.registry)  # noqa: E731
-        self._keep("runs", self.found.runs, on, asked, work)
+            work = self._in_turn(on, entry, threads, precision)
+        self._keep("runs", self.found.runs if into is None else into, on, asked, work)
 
     def _members(self) -> None:
         s = self.settings
@@ -185,9 +186,10 @@ class Bench:
     def _overhead(self) -> None:
         s = self.settings
         for on, threads, pair in self._turns(s.overhead, s.seeds[:1]):
-            for label, entry in (("pgd", f"pgd(steps={PGD_STEPS})"), (s.full, s.full)):
-                asked = self._asked(on, f"{label}, arena", threads, pair, self._made_of(entry, on))
-                self._keep("overhead", self.found.overhead, on, asked, self._in_turn(on, entry, threads))
+            entry = f"pgd(steps={PGD_STEPS})"
+            asked = self._asked(on, "pgd, arena", threads, pair, self._made_of(entry, on))
+            self._keep("overhead", self.found.overhead, on, asked, self._in_turn(on, entry, threads))
+            self._whole(on, s.full, threads, pair, self.found.overhead)
             for library in PGD_PEERS:
                 if self.peers.has(library):
                     asked = self._asked(on, f"pgd, {library}", threads, pair, self.peers.version(library))
@@ -196,14 +198,24 @@ class Bench:
                 else:
                     self.found.left_out.setdefault(library, "not installed")
 
-    def _in_turn(self, on: Subject, entry: str, threads: int) -> Callable[[], dict[str, Any]]:
-        return lambda: games.play_in_turn(on, entry, 0, threads, self.registry)
+    def _in_turn(self, on: Subject, entry: str, threads: int, precision: str = "fp32") -> Callable[[], dict[str, Any]]:
+        def work() -> dict[str, Any]:
+            self._warm_up(on)
+            return games.play_in_turn(on, entry, 0, threads, self.registry, precision)
+
+        return work
+
+    def _warm_up(self, on: Subject) -> None:
+        """Play one step, so that no first match of a process pays for what is loaded once."""
+        if not self._warm:
+            games.play(on, "fgsm", "fp32", 0, 1, self.registry)
+        self._warm = True
 
     def _frontier(self) -> None:
         s = self.settings
         done = {(r.case, r.seed, r.way) for r in self.found.runs}
         for on, threads, pair in self._turns(s.cases, s.seeds, once=True):
-            for entry in (*s.frontier, s.fast, s.full):
+            for entry in dict.fromkeys((*s.frontier, s.fast, s.full)):
                 if (on.case.name, on.seed, entry) not in done:
                     self._whole(on, entry, threads, pair)
 

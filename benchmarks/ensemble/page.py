@@ -69,7 +69,19 @@ def asked(found: Found, ways: Ways) -> Table:
     rows.append([f"points on which `{full}` and the plain run differ", "0", _count(differing), yes(holds)])
     rows.append(_least(f"seconds, the plain run over `{full}`", FULL_FASTER, ratio(turn, ways.plain, full, "seconds")))
     rows += _overheads(found.overhead, full)
+    moving = differing_runs([r for r in runs if r.way in (fast, full, ways.plain)])
+    rows.append(["runs of one way that differ in points or passes", "0", str(moving), yes(moving == 0)])
     return Table(rows)
+
+
+def differing_runs(runs: Sequence[Run]) -> int:
+    """Count runs that found or spent something else than the first of the same way on the same model."""
+    before: dict[tuple[str, int, str], list[object]] = {}
+    differing = 0
+    for r in runs:
+        now = [r.cell[k] for k in ("natural", "broken", "forwards", "backwards")]
+        differing += before.setdefault((r.case, r.seed, r.way), now) != now
+    return differing
 
 
 def _gap(says: str, bound: float, word: Compared | None) -> list[str]:
@@ -87,8 +99,8 @@ def _count(value: int | None) -> str:
 
 def _overheads(runs: Sequence[Run], full: str) -> list[list[str]]:
     rows = []
-    for label, key in (("pgd", "pgd"), (full, "full")):
-        some = [r for r in runs if r.case == "cifar" and r.way == f"{label}, arena"]
+    for label, way, key in (("pgd", "pgd, arena", "pgd"), (full, full, "full")):
+        some = [r for r in runs if r.case == "cifar" and r.way == way]
         value = tables.median(some, lambda r: r.cell["seconds"] / r.cell["bare"])
         holds = None if value is None else value <= OVERHEAD[key]
         rows.append(
@@ -112,6 +124,8 @@ def settings_lines(found: Found, settings: Settings, versions: Sequence[str]) ->
         f"- torch's threads: {threads}. A match of a small model takes one of them, whatever it is given.",
         f"- Digits: {settings.n} points, Linf eps 0.2; CIFAR-10: the first {settings.cifar_n} test pictures, Linf eps "
         f"8/255. Train seeds {', '.join(map(str, settings.seeds))}; attack seed 0, of the members the train seed.",
+        f"- Members: {settings.steps} iterations, {settings.queries:,} queries, one restart, 9 targets, Square without "
+        "rescaling its schedule; torchattacks' in batches of 250, all other settings the reference's.",
         f"- Seconds are medians of {settings.pairs} paired run{'s' * (settings.pairs != 1)} that take turns. Forwards "
         "and backwards are rows, counted exactly, and do not differ from run to run.",
     ]
@@ -127,6 +141,8 @@ NOTES = """\
 - *only* counts points over all train seeds that one side alone breaks. p is McNemar's exact test in which an image
   counts once, for the side that alone breaks it on more of the models that share it.
 - *gap* is the first side's robust accuracy less the second's, in points: below zero the first finds more.
+- *Members* meet all naturally correct points, each alone; torchattacks' counts hold what it adds of its own, such as a
+  look at the clean points. *Violations* are points that it returned outside ball or box: these break nothing.
 - *seconds* are of the attacks alone, wall; *whole* is the match with its checks, its timing and the referee. *bare* is
   what as many forwards and backwards take with nothing around them, timed in the same process: of arena's own runs the
   search copy's, else the eager model's.

@@ -1,0 +1,403 @@
+"""The ensembles' benchmark: the plain driver's law, cells that survive a stop, tables of made-up cells."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from arena.attack import Setup
+from arena.engine import run_iterated
+from arena.entries import parse
+from arena.errors import ArenaError
+from arena.plugins import registry
+from arena.referee import Referee
+from arena.results import packed
+from arena.rng import Stream
+from arena.specs import load
+from arena.surface import Surface
+from arena.target import Target
+from arena.threat import Threat
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from ensemble import cases, games, measuring, page, peers, plain, tables
+from ensemble.cells import Cells
+from ensemble.frontier import frontier, spots
+from ensemble.peer import Counted
+from pairing import discordant
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "ensemble.py"
+K = 6
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("ensemble_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# -- the plain driver --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        made = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, K))
+    return made.eval().requires_grad_(False)
+
+
+def points(model, n=29):
+    x = torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return x, model(x).argmax(1), torch.arange(n) * 3
+
+
+def made(entry, threat):
+    name, options = parse(entry)
+    setup = Setup(threat, K, Surface(), (1, 8, 8), Stream.of(0, entry))
+    return load(registry().get("attack", name).spec.iterate)(setup, **options), name
+
+
+#: With an eps at which some points fall and some stand.
+ATTACKS = (
+    ("apgd_ce(steps=12,restarts=2)", "0.08"),
+    ("apgd_t(steps=10,targets=3)", "0.08"),
+    ("fab_t(steps=5,targets=3)", "0.08"),
+    ("square(queries=80)", "0.08"),
+)
+
+
+@pytest.mark.parametrize(("entry", "eps"), ATTACKS)
+@pytest.mark.parametrize("batch", [8, 250])
+def test_driven_plainly_an_attack_finds_what_the_engine_finds(model, entry, eps, batch, monkeypatch):
+    monkeypatch.setattr(plain, "BATCH", batch)
+    threat = Threat.parse("Linf", eps)
+    x, y, index = points(model)
+    attack, name = made(entry, threat)
+    outcome = run_iterated(attack, Target(model, Surface(), K, 16), x, y, index)
+    assert not outcome.error
+    target = Target(model, Surface(), K, 250)
+    driven = plain.drive(attack, name, target, x, y, index)
+    assert driven.finished.all()
+    # on some CPUs a batch of 8 rows differs from larger ones in its last bits
+    assert torch.allclose(driven.x_adv, outcome.x_adv, atol=1e-5)
+    broken, expected = (Referee(model, threat).judge(x, o.x_adv, y, index).broken for o in (driven, outcome))
+    assert torch.equal(broken, expected)
+    assert 0 < broken.sum() < len(y)  # else nothing was tried
+    assert (driven.forwards, driven.backwards) == (target.meter.forwards, target.meter.backwards)
+    # a broken point pays until the run that broke it is over; Square lets it go at once
+    _, length = plain.shape(attack, name)
+    steps = 1 if name == "square" else length
+    paid = (outcome.forwards + steps - 1) // steps * steps
+    assert driven.forwards == int(paid.sum())
+    assert driven.forwards >= int(outcome.forwards.sum())
+    assert driven.backwards >= int(outcome.backwards.sum())
+
+
+@pytest.mark.parametrize(("entry", "_eps"), ATTACKS)
+def test_without_a_break_the_plain_driver_costs_the_bound(model, entry, _eps):
+    x, y, index = points(model)
+    attack, name = made(entry, Threat.parse("Linf", "1e-7"))
+    driven = plain.drive(attack, name, Target(model, Surface(), K), x, y, index)
+    assert (driven.forwards, driven.backwards) == tuple(len(y) * most for most in attack.passes())
+    assert driven.finished.all()
+
+
+def test_an_attack_without_runs_is_refused():
+    class Other:
+        def passes(self):
+            return 1, 1
+
+    with pytest.raises(ArenaError, match="attack 'other': the plain driver knows attacks made of runs"):
+        plain.shape(Other(), "other")
+
+
+def test_rows_of_forwards_and_gradients_are_counted(model):
+    counted = Counted(model)
+    x = torch.rand(5, 1, 8, 8, requires_grad=True)
+    torch.autograd.grad(counted(x).sum(), x)
+    counted(x)
+    with torch.no_grad():
+        counted(x[:2])[0] = 0.0  # Square writes into what it was given
+    assert (counted.forwards, counted.backwards) == (12, 5)
+
+
+def test_a_scaled_contender_is_the_same_net_with_larger_logits(model):
+    from arena.contender import Contender
+
+    first = Contender(
+        *("a", "b", "c", None, {}, {}, {}, 1, "", ""), Surface(), lambda: _copy(model), dict(model.state_dict())
+    )
+    scaled = cases.scaled(first, 1000.0)
+    x, _, _ = points(model)
+    assert torch.equal(scaled.build()(x), 1000 * first.build()(x))
+    assert scaled.id != first.id
+    assert cases.scaled(first, 1.0) is first
+
+
+def _copy(model):
+    import copy
+
+    return copy.deepcopy(model)
+
+
+# -- cells -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_is_measured_once_and_again_only_where_that_is_asked(tmp_path):
+    asked, calls = {"case": "cnn", "way": "quick", "pair": 0}, []
+
+    def work():
+        calls.append(1)
+        return {"seconds": len(calls)}
+
+    cells = Cells(tmp_path)
+    assert cells.measure("runs", asked, work)["seconds"] == 1
+    assert cells.measure("runs", asked, work)["seconds"] == 1
+    assert Cells(tmp_path, again=("quick",)).measure("runs", asked, work)["seconds"] == 2
+    assert cells.measure("runs", {**asked, "pair": 1}, work)["seconds"] == 3
+    assert cells.measure("members", asked, work)["seconds"] == 4
+    assert Cells(tmp_path, known=True).measure("runs", {**asked, "pair": 2}, work) is None
+    cells.path("runs", asked).write_text('{"seconds": ')  # half a file
+    assert cells.measure("runs", asked, work)["seconds"] == 5
+
+
+SETTINGS = {
+    "cases": ("cnn", "sharp"),
+    "seeds": (0, 1),
+    "n": 8,
+    "cifar": None,
+    "cifar_n": 4,
+    "fast": "apgd_s",
+    "full": "autoattack",
+    "bf16": False,
+    "frontier": ("apgd_ce(steps=10)",),
+    "pairs": 2,
+    "threads": (1,),
+    "members": ("cnn",),
+    "overhead": ("cnn",),
+    "steps": 100,
+    "queries": 5000,
+    "parts": ("runs", "members", "overhead", "frontier"),
+}
+
+
+def cell(broken=(), forwards=80, backwards=40, seconds=2.0, n=8, wrong=()):
+    natural, fallen = torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
+    natural[list(wrong)] = False
+    fallen[list(broken)] = True
+    more = {"bare": seconds / 2, "whole": seconds + 1, "cpu": seconds, "threads": 1, "batch_size": 8}
+    known = {"load": 0.0, "date": "2026-11-20", "arena": "0", "torch": "1", "violations": {}}
+    passes = {"forwards": forwards, "backwards": backwards, "seconds": seconds}
+    return {**games.masks(natural, fallen), **passes, **more, **known}
+
+
+def bench(tmp_path, monkeypatch, played, limit=10**9, **changes):
+    """Make a bench whose games are made up; the one after ``limit`` games is stopped."""
+
+    def answer(kind):
+        def play(subject, entry, *_):
+            if len(played) == limit:
+                raise KeyboardInterrupt
+            if entry != "fgsm":  # the warm-up
+                played.append((kind, subject.case.name, subject.seed, entry))
+            return {k: v for k, v in cell().items() if k not in ("load", "date", "arena", "torch")}
+
+        return play
+
+    for kind in ("play", "play_plainly", "play_in_turn"):
+        monkeypatch.setattr(games, kind, answer(kind))
+    settings = measuring.Settings(**{**SETTINGS, **changes})
+    there = peers.Environment(missing={"pyautoattack": "offline", "torchattacks": "offline"})
+    monkeypatch.setattr(peers.Environment, "has", lambda self, library: False)
+    said = []
+    return measuring.Bench(settings, Cells(tmp_path), registry(), there, said.append), said
+
+
+def test_a_benchmark_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    whole, parts = [], []
+    bench(tmp_path / "whole", monkeypatch, whole)[0].run()
+    assert len(set(whole)) > 10
+    for limit in (3, 9):
+        with pytest.raises(KeyboardInterrupt):
+            bench(tmp_path / "parts", monkeypatch, parts, limit)[0].run()
+    found = bench(tmp_path / "parts", monkeypatch, parts)[0].run()
+    assert sorted(map(str, parts)) == sorted(map(str, whole))  # nothing twice, nothing missing
+    assert found.left_out["torchattacks"] == "offline"
+    again, said = bench(tmp_path / "parts", monkeypatch, [], 0)
+    assert len(again.run().runs) == len(found.runs)
+    assert said == []
+
+
+def test_ways_take_turns_and_a_case_without_its_file_is_told(tmp_path, monkeypatch):
+    played = []
+    made, _ = bench(tmp_path, monkeypatch, played, cases=("cnn", "cifar"), seeds=(0,), parts=("runs",))
+    found = made.run()
+    turn = [("play_in_turn", "apgd_s"), ("play_in_turn", "autoattack"), ("play_plainly", "autoattack")]
+    assert [(kind, entry) for kind, _, _, entry in played] == turn + turn[::-1]
+    assert found.left_out["case cifar"] == "no --cifar FILE was given"
+    with pytest.raises(ArenaError, match="case 'cifar': expected --cifar FILE"):
+        cases.subject(cases.named("cifar"), 0, 4, None, registry(), measuring.Watching())
+
+
+def test_another_model_or_number_of_points_is_another_cell(tmp_path):
+    cells = Cells(tmp_path)
+    paths = set()
+    for name in ("cnn", "long", "sharp"):
+        for seed in (0, 1):
+            for n in (8, 16):
+                on = cases.subject(cases.named(name), seed, n, None, registry(), measuring.Watching())
+                paths.add(cells.path("runs", {**on.asked, "way": "quick", "pair": 0}))
+    assert len(paths) == 12
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def run(way, case="cnn", seed=0, pair=0, threads=1, **fields):
+    return measuring.Run(case, seed, way, threads, pair, cell(**fields))
+
+
+RUNS = [
+    run("quick", broken=(0, 1, 2), forwards=8, backwards=4, seconds=0.5),
+    run("autoattack", broken=(0, 1, 3), forwards=80, backwards=40, seconds=2.0),
+    run("autoattack, plain", broken=(0, 1, 3), forwards=400, backwards=44, seconds=6.0),
+    run("reference", broken=(0, 1), forwards=480, backwards=48, seconds=9.0),
+    run("quick", pair=1, broken=(0, 1, 2), forwards=8, backwards=4, seconds=1.0),
+    run("autoattack", pair=1, broken=(0, 1, 3), forwards=80, backwards=40, seconds=3.0),
+    run("autoattack, plain", pair=1, broken=(0, 1, 3), forwards=400, backwards=44, seconds=6.0),
+    run("quick", seed=1, broken=(), forwards=8, backwards=4, seconds=0.5, wrong=(7,)),
+    run("autoattack", seed=1, broken=(3,), forwards=80, backwards=40, seconds=2.0, wrong=(7,)),
+    run("autoattack, plain", seed=1, broken=(3,), forwards=400, backwards=44, seconds=6.0, wrong=(7,)),
+]
+WAYS = page.Ways("quick", "autoattack")
+
+
+def test_two_ways_are_compared_point_by_point():
+    word = tables.compare(tables.couples(RUNS, "quick", "autoattack"))
+    # only quick: point 2 at seed 0; only autoattack: point 3 at both seeds, one image
+    assert (word.only_a, word.only_b, word.p) == (1, 2, 1.0)
+    assert word.gap == pytest.approx(100 * (5 + 7 - 5 - 6) / 16)
+    assert tables.compare(tables.couples(RUNS, "quick", "nothing")) is None
+    rows = tables.outcomes(RUNS, "quick", "autoattack").rows
+    assert rows[1] == ["`cnn`", "75.0 (62.5-87.5)", "68.8 (62.5-75.0)", "+6.25", "1", "2", "1.000"]
+    assert rows[-1][0] == "**pooled**"
+
+
+def test_counts_are_summed_and_seconds_are_medians_over_pairs():
+    assert tables.ratio(RUNS, "autoattack, plain", "quick", "forwards") == 50
+    assert tables.ratio(RUNS, "autoattack", "quick", "backwards") == 10
+    # pair 0 holds both seeds, 12 s to 1 s; pair 1 only the first, 6 s to 1 s
+    assert tables.ratio(RUNS, "autoattack, plain", "quick", "seconds") == pytest.approx((12 + 6) / 2)
+    assert tables.ratio(RUNS, "reference", "quick", "backwards") == 12  # only where both are known
+    assert tables.ratio(RUNS, "nothing", "quick", "seconds") is None
+
+
+def test_the_page_says_what_holds(tmp_path):
+    settings = measuring.Settings(**{**SETTINGS, "fast": "quick", "frontier": ()})
+    members = [run("square, arena", broken=(1,)), run("square, torchattacks", broken=(1, 2))]
+    overhead = [run("pgd, arena", seconds=3.0), run("pgd, art", seconds=3.0)]
+    found = measuring.Found(RUNS, members, overhead, {"torchattacks": "offline"})
+    out = tmp_path / "ensemble.md"
+    text = page.write(out, found, settings, WAYS, "python benchmarks/ensemble.py", ["art 1"])
+    assert out.read_text() == text
+    assert (tmp_path / "figures" / "ensemble.svg").read_bytes().startswith(b"<?xml")
+    held = {row.split("|")[1].strip(): row.split("|")[4].strip() for row in text.splitlines() if row.startswith("| ")}
+    assert held["`quick` not above `autoattack`, pooled, points"] == "**no**"
+    assert held["forwards, the plain run over `quick`"] == "**yes**"
+    assert held["seconds, the plain run over `quick`"] == "**no**"
+    assert held["points on which `autoattack` and the plain run differ"] == "**yes**"
+    assert held["`pgd` over its bare passes, `cifar`"] == "-"  # no number is made up
+    assert "| `square` | `cnn` | 87.5 | 75.0 | +12.50 | 0 | 1 | 1.000 | 10 + 5 | 10 + 5 | 0 |" in text
+    assert "| `cnn` | pgd, art | 1 | 8 | 10 + 5 | 3.00 | 1.50 | 2.00 | 100.0 |" in text
+    assert "- torchattacks: offline" in text
+    assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 120
+
+
+def test_a_run_that_differs_from_the_others_of_its_way_is_counted():
+    assert page.differing_runs(RUNS) == 0
+    assert page.differing_runs([*RUNS, run("quick", pair=2, broken=(0,), forwards=8, backwards=4)]) == 1
+
+
+def test_the_frontier_compares_entries_on_the_models_that_all_met():
+    more = [run("fgsm", broken=(0,), forwards=2, backwards=1)]  # seed 1 was not measured
+    found = {s.entry: s for s in spots([*RUNS, *more], ("fgsm", "quick", "autoattack"), "autoattack")}
+    assert list(found) == ["fgsm", "quick", "autoattack"]  # the cheapest first
+    assert found["quick"].robust == 62.5
+    assert found["fgsm"].standing == pytest.approx(3 / 7)
+    assert (found["fgsm"].only_entry, found["fgsm"].only_full) == (0, 2)
+    assert found["fgsm"].worst_gap == 25.0
+    assert len(frontier([*found.values()], "autoattack").rows) == 4
+    assert spots([], ("fgsm",), "autoattack") == []
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.lists(st.booleans(), min_size=6, max_size=6)), max_size=5))
+def test_swapping_the_sides_swaps_the_counts(masks):
+    half = [(images, np.array(m[:3]), np.array(m[3:])) for images, m in masks]
+    b, c, p = discordant(half)
+    assert discordant([(images, y, x) for images, x, y in half]) == (c, b, p)
+    twice = discordant(half * 2)
+    assert twice == (2 * b, 2 * c, p)  # the same images again are no new evidence
+
+
+# -- peers -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_peer_that_cannot_be_had_is_named(tmp_path, monkeypatch):
+    def pip(words, **_):
+        good = words[-1].startswith("torchattacks")
+        return subprocess.CompletedProcess(words, int(not good), "" if good else "ERROR: no network\nmore")
+
+    monkeypatch.setattr(peers.subprocess, "run", pip)
+    monkeypatch.setattr(peers, "NEEDS", {"torchattacks": (), "pyautoattack": ()})
+    there = peers.provide(tmp_path / "peers")
+    assert there.missing == {"pyautoattack": "ERROR: no network"}
+    assert there.has("torchattacks")
+    assert not there.has("pyautoattack")
+    assert [p.name for p in (tmp_path / "peers").iterdir()] == ["torchattacks-3.5.1"]  # nothing half-made is left
+
+
+def test_a_peer_that_fails_is_told_in_one_line():
+    there = peers.Environment(folders={"torchattacks": Path()})
+    job = {"what": "pgd", "library": "torchattacks", "case": "nothing", "threads": 1, "cifar": ""}
+    with pytest.raises(ArenaError, match=r"peer 'torchattacks', pgd on nothing: .*unknown case 'nothing'"):
+        there.ask(job)
+
+
+def test_the_command_line_names_what_it_does_not_know(script, tmp_path, capsys):
+    for words, said in (
+        (["--cases", "cnm"], "unknown case 'cnm'; did you mean 'cnn'?"),
+        (["--parts", "run"], "unknown part 'run'; did you mean 'runs'?"),
+        (["--seeds", "x"], "--seeds: expected whole numbers joined by commas, got 'x'"),
+        (["--fast", "autoatack"], "unknown attack 'autoatack'"),
+        (["--cifar", str(tmp_path / "no.npz")], "--cifar: no such file"),
+    ):
+        assert script.main([*words, "--no-peers"]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_what_is_known_is_printed_and_nothing_is_measured(script, tmp_path, capsys):
+    words = ["--known", "--cases", "cnn", "--seeds", "0", "-n", "8", "--fast", "apgd_s", "--results", str(tmp_path)]
+    assert script.main(words) == 0
+    text = capsys.readouterr().out
+    assert "- runs: cnn, train seed 0, autoattack: not measured" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_packed_masks_come_back():
+    mask = torch.arange(13) % 3 == 0
+    made = measuring.Run("cnn", 0, "x", 1, 0, json.loads(json.dumps({"n": 13, "natural": packed(mask)})))
+    assert made.natural.tolist() == mask.tolist()
