@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from arena.errors import ArenaError
 from arena.lineup import describe, line_up
 from arena.plugins import Registry
 from arena.results import unpacked
@@ -276,10 +277,14 @@ class Bench:
         self, part: str, into: list[Run], on: Subject, asked: dict[str, Any], work: Callable[[], dict[str, Any]]
     ) -> None:
         fresh = self.cells.read(part, asked) is None
-        cell = self.cells.measure(part, asked, work)
         where = f"{part}: {on.case.name}, train seed {on.seed}, {asked['way']}"
+        try:
+            cell, why = self.cells.measure(part, asked, work), "not measured"
+        except ArenaError as e:  # hours of other cells need not wait for it
+            cell, why = None, str(e)
+            self.say(f"{where}: {why}")
         if cell is None:
-            self.found.left_out[where] = "not measured"
+            self.found.left_out[where] = why
             return
         run = Run(on.case.name, on.seed, asked["way"], asked["threads"], asked["pair"], cell)
         into.append(run)

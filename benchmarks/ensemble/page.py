@@ -126,8 +126,8 @@ def settings_lines(found: Found, settings: Settings, versions: Sequence[str]) ->
         f"8/255. Train seeds {', '.join(map(str, settings.seeds))}; attack seed 0, of the members the train seed.",
         f"- Members: {settings.steps} iterations, {settings.queries:,} queries, one restart, 9 targets, Square without "
         "rescaling its schedule; torchattacks' in batches of 250, all other settings the reference's.",
-        f"- Seconds are medians of {settings.pairs} paired run{'s' * (settings.pairs != 1)} that take turns. Forwards "
-        "and backwards are rows, counted exactly, and do not differ from run to run.",
+        f"- Ways take turns; seconds are medians over {settings.pairs} turn{'s' * (settings.pairs != 1)}. Forwards and "
+        "backwards are rows, counted exactly, and do not differ from turn to turn.",
     ]
 
 
@@ -136,16 +136,17 @@ NOTES = """\
   fp32, batches of 250 survivors (padded to 256, as all of arena's batches are), no refill; a broken point stays in its
   batch until its run is over, and is dropped between attacks, restarts and targets, in Square at each query.
 - *reference* is the authors' AutoAttack, version `standard`, in batches of 250: APGD-CE, then 9 targets of APGD-T and
-  FAB-T of 100 iterations, then 5,000 queries of Square, each on what the one before left. What it returns is judged by
-  arena's referee. Its noise is its own: its outcomes are compared by test, not point by point.
+  FAB-T of 100 iterations, then 5,000 queries of Square, each on what the one before left. `pyautoattack` packages the
+  authors' code: settings, order and survivors are theirs; how it is called and what it logs are not. What it returns is
+  judged by arena's referee. Its noise is its own: its outcomes are compared by test, not point by point.
 - *only* counts points over all train seeds that one side alone breaks. p is McNemar's exact test in which an image
   counts once, for the side that alone breaks it on more of the models that share it.
 - *gap* is the first side's robust accuracy less the second's, in points: below zero the first finds more.
 - *Members* meet all naturally correct points, each alone; torchattacks' counts hold what it adds of its own, such as a
   look at the clean points. *Violations* are points that it returned outside ball or box: these break nothing.
-- *seconds* are of the attacks alone, wall; *whole* is the match with its checks, its timing and the referee. *bare* is
-  what as many forwards and backwards take with nothing around them, timed in the same process: of arena's own runs the
-  search copy's, else the eager model's.
+- *seconds* are of the attacks alone, wall; *whole* is the match with its checks, its timing and the referee; *cpu* are
+  the process's, all threads, of a match the whole. *bare* is what as many forwards and backwards take with nothing
+  around them, timed in the same process: of arena's own runs the search copy's, else the eager model's.
 """
 
 
@@ -161,6 +162,7 @@ def write(out: Path | None, found: Found, settings: Settings, ways: Ways, comman
         (f"`{ways.fast}` against `{ways.full}`", tables.outcomes(found.runs, ways.fast, ways.full)),
         ("Times less", tables.savings(found.runs, fast, others)),
         ("Passes and seconds", tables.cost(found.runs, all_ways)),
+        ("Attack by attack", tables.by_attack(found.runs, all_ways)),
         (f"`{ways.full}` against the plain run and the reference", tables.faithful(found.runs, ways.full, ways.plain)),
         ("Members against torchattacks'", tables.members(found.members)),
         ("Overhead over bare passes", tables.overhead(found.overhead)),

@@ -159,7 +159,7 @@ def outcomes(runs: Sequence[Run], fast: str, full: str) -> Table:
 
 def cost(runs: Sequence[Run], ways: Sequence[str]) -> Table:
     """Say what each way spends on a naturally correct point, and in seconds a model."""
-    head = ["case", "way", "threads", "forwards", "backwards", "seconds", "whole", "bare", "over bare"]
+    head = ["case", "way", "threads", "forwards", "backwards", "seconds", "whole", "cpu", "bare", "over bare"]
     rows = [head]
     for case in cases_of(runs):
         for way in ways:
@@ -169,11 +169,26 @@ def cost(runs: Sequence[Run], ways: Sequence[str]) -> Table:
                 spent = [f"{sum(r.cell[k] for r in some) / points:.1f}" for k in ("forwards", "backwards")]
                 seconds = number(median(some, lambda r: r.cell["seconds"]))
                 whole = number(median((r for r in some if "whole" in r.cell), lambda r: r.cell["whole"]))
+                cpu = number(median(some, lambda r: r.cell["cpu"]))
                 priced = [r for r in some if r.cell["bare"]]
                 bare = number(median(priced, lambda r: r.cell["bare"]))
                 over = number(median(priced, lambda r: r.cell["seconds"] / r.cell["bare"]))
                 used = str(some[0].cell["threads"])  # a match of a small model takes one, whatever it is given
-                rows.append([f"`{case}`", way, used, *spent, seconds, whole, bare, over])
+                rows.append([f"`{case}`", way, used, *spent, seconds, whole, cpu, bare, over])
+    return Table(rows)
+
+
+def by_attack(runs: Sequence[Run], ways: Sequence[str]) -> Table:
+    """Say what each attack of a roster costs, over all models: passes a naturally correct point, share of seconds."""
+    rows = [["way", "attack", "forwards", "backwards", "share of seconds"]]
+    for way in ways:
+        some = [r for r in first(runs, way) if r.cell.get("attacks")]
+        points = sum(int(r.natural.sum()) for r in some)
+        total = sum(a["seconds"] for r in some for a in r.cell["attacks"])
+        for name in dict.fromkeys(a["name"] for r in some for a in r.cell["attacks"]):
+            mine = [a for r in some for a in r.cell["attacks"] if a["name"] == name]
+            spent = [f"{sum(a[k] for a in mine) / points:.1f}" for k in ("forwards", "backwards")]
+            rows.append([way, f"`{name}`", *spent, f"{100 * sum(a['seconds'] for a in mine) / total:.0f} %"])
     return Table(rows)
 
 

@@ -242,6 +242,19 @@ def test_a_benchmark_that_was_stopped_goes_on(tmp_path, monkeypatch):
     assert said == []
 
 
+def test_a_cell_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
+    made, said = bench(tmp_path, monkeypatch, [], seeds=(0,), parts=("runs",))
+
+    def fail(subject, *_):
+        raise ArenaError(f"{subject.case.name} is out of order")
+
+    monkeypatch.setattr(games, "play_plainly", fail)
+    found = made.run()
+    assert found.left_out["runs: cnn, train seed 0, autoattack, plain"] == "cnn is out of order"
+    assert {r.way for r in found.runs} == {"apgd_s", "autoattack"}
+    assert any("sharp is out of order" in line for line in said)
+
+
 def test_ways_take_turns_and_a_case_without_its_file_is_told(tmp_path, monkeypatch):
     played = []
     made, _ = bench(tmp_path, monkeypatch, played, cases=("cnn", "cifar"), seeds=(0,), parts=("runs",))
@@ -283,6 +296,7 @@ RUNS = [
     run("autoattack", seed=1, broken=(3,), forwards=80, backwards=40, seconds=2.0, wrong=(7,)),
     run("autoattack, plain", seed=1, broken=(3,), forwards=400, backwards=44, seconds=6.0, wrong=(7,)),
 ]
+ATTACK_ROWS = (("apgd_ce", 16, 16, 1.0), ("square", 64, 0, 3.0))
 WAYS = page.Ways("quick", "autoattack")
 
 
@@ -325,6 +339,16 @@ def test_the_page_says_what_holds(tmp_path):
     assert "| `cnn` | pgd, art | 1 | 8 | 10 + 5 | 3.00 | 1.50 | 2.00 | 100.0 |" in text
     assert "- torchattacks: offline" in text
     assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 120
+
+
+def test_attacks_share_the_seconds():
+    attacks = [dict(zip(("name", "forwards", "backwards", "seconds"), a, strict=True)) for a in ATTACK_ROWS]
+    some = measuring.Run("cnn", 0, "autoattack", 1, 0, {**cell(), "attacks": attacks})
+    rows = tables.by_attack([some], ["autoattack", "reference"]).rows
+    assert rows[1:] == [
+        ["autoattack", "`apgd_ce`", "2.0", "2.0", "25 %"],
+        ["autoattack", "`square`", "8.0", "0.0", "75 %"],
+    ]
 
 
 def test_a_run_that_differs_from_the_others_of_its_way_is_counted():
