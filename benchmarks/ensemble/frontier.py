@@ -101,3 +101,4 @@ def _dots(made: Any, found: Sequence[Spot], height: Any) -> None:
         made.plot([s.standing], [height(s)], "o" if ahead else "x", color=BLUE if ahead else ORANGE, ms=6)
         made.annotate(s.entry, (s.standing, height(s)), SHIFT, textcoords="offset points", fontsize=6)
     made.set_xscale("log")
+    made.margins(x=0.25)
