@@ -15,13 +15,14 @@ from torch import Tensor
 from arena.arrangement import Arrangement
 from arena.attack import Setup
 from arena.errors import ArenaError
+from arena.examples import drop_examples
 from arena.journal import Journal
 from arena.lineup import Planned, check_entries, line_up
 from arena.playing import Playing
 from arena.plugins import Registry
 from arena.question import Question, Running
 from arena.referee import Referee
-from arena.results import drop_examples, packed
+from arena.results import packed
 from arena.rng import Stream
 from arena.search import Search
 from arena.specs import load

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from arena.attack import Setup
+from arena.checkpoints import snapshot
+from arena.contender import Contender
+from arena.datasets import to_float
 from arena.engine import run_iterated
 from arena.entries import parse
 from arena.errors import ArenaError
@@ -29,7 +34,7 @@ from arena.target import Target
 from arena.threat import Threat
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from ensemble import cases, games, measuring, page, peers, plain, tables
+from ensemble import bare, cases, games, measuring, page, peers, plain, tables
 from ensemble.cells import Cells
 from ensemble.frontier import frontier, spots
 from ensemble.peer import Counted
@@ -135,10 +140,8 @@ def test_rows_of_forwards_and_gradients_are_counted(model):
 
 
 def test_a_scaled_contender_is_the_same_net_with_larger_logits(model):
-    from arena.contender import Contender
-
     first = Contender(
-        *("a", "b", "c", None, {}, {}, {}, 1, "", ""), Surface(), lambda: _copy(model), dict(model.state_dict())
+        *("a", "b", "c", None, {}, {}, {}, 1, "", ""), Surface(), lambda: copy.deepcopy(model), snapshot(model)
     )
     scaled = cases.scaled(first, 1000.0)
     x, _, _ = points(model)
@@ -147,10 +150,36 @@ def test_a_scaled_contender_is_the_same_net_with_larger_logits(model):
     assert cases.scaled(first, 1.0) is first
 
 
-def _copy(model):
-    import copy
+@pytest.fixture
+def means(arena_home):
+    """The nearest class mean on digits, as a subject: no training, and some points fall."""
+    on = cases.subject(cases.named("cnn"), 0, 40, None, registry(), measuring.Watching())
+    x, y = to_float(on.images.x_train).flatten(1), on.images.y_train
+    centers = torch.stack([x[y == k].mean(0) for k in range(10)])
+    layer = nn.Linear(64, 10)
+    layer.weight.data, layer.bias.data = 2 * centers, -centers.square().sum(1)
+    model = nn.Sequential(nn.Flatten(), layer)
+    contender = Contender(
+        *("means", "id", "key", None, {}, {}, {}, 650, "", ""), Surface(), lambda: copy.deepcopy(model), snapshot(model)
+    )
+    return replace(on, threat=Threat.parse("Linf", "0.1"), obtain=lambda: contender)
 
-    return copy.deepcopy(model)
+
+def test_a_match_and_the_plain_driver_give_cells_of_one_form(means, monkeypatch, arena_home):
+    monkeypatch.setattr(bare, "A_LOOK", 0.0)
+    entry = "apgd_t(steps=4,targets=2)"
+    played = games.play(means, entry, "fp32", 0, 1, registry())
+    turned = games.play_in_turn(means, entry, 0, 1, registry())
+    driven = games.play_plainly(means, entry, 0, 1, registry())
+    runs = [measuring.Run("cnn", 0, "x", 1, 0, c) for c in (played, turned, driven)]
+    assert 0 < runs[0].standing < int(runs[0].natural.sum())
+    assert [(r.cell["natural"], r.cell["broken"]) for r in runs] == [(played["natural"], played["broken"])] * 3
+    assert turned["forwards"] == played["forwards"] <= driven["forwards"]
+    assert driven["forwards"] % 5 == 0  # whole runs of 5 passes
+    assert all(c["bare"] > 0 and c["seconds"] > 0 for c in (played, turned, driven))
+    assert [a["attempted"] for a in driven["attacks"]] == [int(runs[0].natural.sum())]
+    assert json.loads(json.dumps([played, turned, driven]))
+    assert not list((arena_home / "examples").glob("*"))  # nothing is left behind
 
 
 # -- cells -------------------------------------------------------------------------------------------------------------
