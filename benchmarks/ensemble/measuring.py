@@ -172,12 +172,12 @@ class Bench:
             for name in MEMBERS:
                 option = f"queries={s.queries}" if name == "square" else f"steps={s.steps}"
                 entry, way = f"{name}({option})", f"{name}, arena"
-                asked = self._asked(on, way, threads, pair, self._made_of(entry, on))
+                asked = self._asked(on, way, None, pair, self._made_of(entry, on))
                 self._keep("members", self.found.members, on, asked, self._engine(on, entry, on.seed, threads))
                 if not self.peers.has("torchattacks"):
                     continue
                 way = f"{name}, torchattacks"
-                asked = self._asked(on, way, threads, pair, [option, self.peers.version("torchattacks")])
+                asked = self._asked(on, way, None, pair, [option, self.peers.version("torchattacks")])
                 work = self._peer(on, "member", "torchattacks", threads, on.seed, member=name)
                 self._keep("members", self.found.members, on, asked, work)
 
@@ -241,8 +241,10 @@ class Bench:
         s = self.settings
         return subject(case, seed, s.cifar_n if case.cifar else s.n, s.cifar, self.registry, Watching())
 
-    def _asked(self, on: Subject, way: str, threads: int, pair: int, what: Any) -> dict[str, Any]:
-        return {**on.asked, "way": way, "threads": threads, "pair": pair, "what": what}
+    def _asked(self, on: Subject, way: str, threads: int | None, pair: int, what: Any) -> dict[str, Any]:
+        """Return a cell's question; ``threads`` None: it is about outcomes and passes, which threads do not change."""
+        timed = {} if threads is None else {"threads": threads}
+        return {**on.asked, "way": way, **timed, "pair": pair, "what": what}
 
     def _made_of(self, entry: str, on: Subject) -> list[Any]:
         """Return what decides what an entry is: its version, and the attacks of its roster with their options."""
@@ -286,7 +288,8 @@ class Bench:
         if cell is None:
             self.found.left_out[where] = why
             return
-        run = Run(on.case.name, on.seed, asked["way"], asked["threads"], asked["pair"], cell)
+        threads = asked.get("threads", cell["threads"])
+        run = Run(on.case.name, on.seed, asked["way"], threads, asked["pair"], cell)
         into.append(run)
         if fresh:
             self.say(f"{where}: {run.standing} of {run.n} stand, {cell['seconds']:.1f} s")

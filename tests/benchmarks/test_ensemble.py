@@ -265,6 +265,8 @@ def test_a_benchmark_that_was_stopped_goes_on(tmp_path, monkeypatch):
     found = bench(tmp_path / "parts", monkeypatch, parts)[0].run()
     assert sorted(map(str, parts)) == sorted(map(str, whole))  # nothing twice, nothing missing
     assert found.left_out["torchattacks"] == "offline"
+    members, _ = bench(tmp_path / "parts", monkeypatch, [], 0, threads=(2,), parts=("members",))
+    assert len(members.run().members) == len(found.members)  # threads change no outcome
     again, said = bench(tmp_path / "parts", monkeypatch, [], 0)
     assert len(again.run().runs) == len(found.runs)
     assert said == []
