@@ -102,18 +102,21 @@ _APGD = (
         options={"targets": TARGETS, "steps": steps(100), "restarts": restarts(), "rho": _RHO, "head": HEAD},
     ),
     AttackSpec(
-        "apgd_s",
-        "targeted Auto-PGD in stages: a short run on each target, long ones on those within reach",
+        "staged",
+        "short targeted climbs, then rounds of a climb and a local random search for points that may still fall",
         BOTH,
-        iterate="arena_attacks.staged:apgd_s",
+        iterate="arena_attacks.staged:staged",
         options={
-            "targets": TARGETS,
-            "look": Option(7, "steps of the short run on each target, at least 1", low=1),
-            "steps": steps(30),
-            "keep": Option(3, "most targets that get a long run, at least 1", low=1),
+            "targets": Option(4, "classes that the first climbs aim at, the nearest, at least 1", low=1),
+            "look": Option(7, "steps of each first climb, at least 1, at most `steps`", low=1),
+            "glance": Option(10, "random proposals after them, at least 1", low=1),
+            "steps": steps(40),
+            "search": Option(25, "random proposals a round, at least 1", low=1),
+            "rounds": Option(20, "most rounds, at least 1", low=1),
             "hope": Option(
-                1.0, "a target is within reach where the loss lacks at most this times what the short run won", low=0
+                0.27, "a point gets a round where the margin lacks at most this times what was won, 0 to inf", low=0
             ),
+            "fade": Option(0.86, "by which hope shrinks each round, above 0 to 1", low=1e-3, high=1),
         },
     ),
 )
@@ -206,6 +209,11 @@ _ROSTERS = (
         version="4",
         budget=9000,
         from_surface=True,
+    ),
+    RosterSpec(
+        "quick",
+        "arena's own for a small share of the passes: looks at each point, spends on those that may fall",
+        "arena_attacks.rosters:quick",
     ),
     RosterSpec(
         "papers",

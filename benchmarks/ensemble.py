@@ -30,7 +30,7 @@ from arena.lineup import check_entries
 from arena.plugins import registry
 
 PARTS = ("runs", "members", "overhead", "frontier")
-FRONTIER = "apgd_ce(steps=10),apgd_t(steps=20),apgd_s,adaptive"
+FRONTIER = "apgd_ce(steps=10),apgd_t(steps=20),staged,adaptive"
 
 
 def settings_of(given: argparse.Namespace) -> Settings:

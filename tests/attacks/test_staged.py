@@ -1,10 +1,11 @@
-"""Staged targeted Auto-PGD: what it spends follows what is within reach, and it finds what is planted there."""
+"""The staged attack: what it spends follows what may fall, and it finds what is planted there."""
 
 from __future__ import annotations
 
+import math
+
 import torch
-from arena_attacks.apgd import apgd_t
-from arena_attacks.staged import apgd_s
+from arena_attacks.staged import staged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -22,61 +23,81 @@ LINF = Threat.parse("Linf", "0.1")
 class Slopes(nn.Module):
     """Logits 0 for class 0 and a_k * (mean over one pixel row each) - b_k for the others: gaps and slopes by hand."""
 
-    def __init__(self, slopes, gaps):
+    def __init__(self, slopes, gaps, scale=1.0):
         super().__init__()
-        self.slopes, self.gaps = torch.tensor(slopes), torch.tensor(gaps)
+        self.slopes, self.gaps, self.scale = torch.tensor(slopes), torch.tensor(gaps), scale
 
     def forward(self, x):
         rows = x[:, 0, : len(self.slopes)].mean(-1) - 0.5
-        return torch.cat((torch.zeros(len(x), 1), rows * self.slopes - self.gaps), 1)
+        return torch.cat((torch.zeros(len(x), 1), rows * self.slopes - self.gaps), 1) * self.scale
 
 
-def played(attack, slopes, gaps, n=8):
-    model = Slopes(slopes, gaps)
+def played(attack, model, classes, n=8, threat=LINF):
     x = torch.full((n, 1, 8, 8), 0.5)
-    target = Target(model, Surface(), len(slopes) + 1, 64, "cpu")
-    setup = Setup(LINF, len(slopes) + 1, Surface(), (1, 8, 8), Stream.of(0, "staged"), lambda name: None)
+    target = Target(model, Surface(), classes, 64, "cpu")
+    setup = Setup(threat, classes, Surface(), (1, 8, 8), Stream.of(0, "staged"), lambda name: None)
     made = attack(setup)
-    y = torch.zeros(n, dtype=torch.int64)
-    outcome = run_iterated(made, target, x, y, torch.arange(n))
+    outcome = run_iterated(made, target, x, torch.zeros(n, dtype=torch.int64), torch.arange(n))
     assert not outcome.error, outcome.trace
     return made, outcome, target.logits(outcome.x_adv).argmax(1)
 
 
-def test_hopeless_points_get_short_runs_alone():
+def sloped(attack, slopes, gaps, **more):
+    return played(attack, Slopes(slopes, gaps, **more), len(slopes) + 1)
+
+
+def test_hopeless_points_get_the_first_look_alone():
     # the ball moves a row's mean by 0.1, so a gap of 5 with a slope of 1 is out of reach of every class
-    made, outcome, predicted = played(lambda s: apgd_s(s, look=5, steps=30, hope=1), [1.0] * 5, [5.0] * 5)
+    _, outcome, predicted = sloped(lambda s: staged(s, targets=4, look=5, glance=6), [1.0] * 5, [5.0] * 5)
     assert (predicted == 0).all()
-    assert outcome.forwards.tolist() == [made.targets * 6] * 8
+    assert outcome.forwards.tolist() == [4 * 6 + 6] * 8
+    assert outcome.backwards.tolist() == [4 * 6] * 8
     assert bool(outcome.attempted.all())
 
 
-def test_what_is_within_reach_falls_though_it_is_ranked_last():
+def test_a_class_that_the_first_look_leaves_out_falls_in_a_round():
+    # four flat classes lie nearer; the fifth falls to a climb that aims at it, and to no other
     slopes, gaps = [1.0, 1.0, 1.0, 1.0, 60.0], [2.0, 2.1, 2.2, 2.3, 5.9]
-    _, _, predicted = played(lambda s: apgd_s(s, look=3, steps=30, hope=3), slopes, gaps)
+    _, outcome, predicted = sloped(lambda s: staged(s, targets=4, look=5, hope=math.inf), slopes, gaps)
     assert (predicted == 5).all()
+    assert (outcome.forwards > 4 * 6 + 10).all()
 
 
-def test_long_runs_go_to_targets_within_reach_and_not_to_the_nearest():
-    # four flat classes lie nearer, but nothing is won there; the fifth is farther off and comes nearer
-    aims = []
+class Dents(nn.Module):
+    """Class 1 wins where seven of eight pixels of a row are at the ball's upper corner; each counts there alone."""
 
-    def spied(setup):
-        made = apgd_s(setup, look=5, steps=30, keep=1, hope=100)
-        ask = made.ask
-        made.ask = lambda state: aims.append(ask(state).target) or ask(state)
-        return made
-
-    _, outcome, _ = played(spied, [1e-3] * 4 + [1.0], [2.0, 2.1, 2.2, 2.3, 5.0])
-    assert outcome.forwards.tolist() == [5 * 6 + 31] * 8
-    assert torch.cat(aims).tolist().count(5) == 8 * (6 + 31)
+    def forward(self, x):
+        there = (x[:, 0, 0] > 0.599).float().sum(1)
+        flat = torch.zeros_like(there)
+        return torch.stack((flat + 6.5 + 0 * x.sum((1, 2, 3)), there, flat - 9, flat - 9), 1)
 
 
-def test_all_the_hope_and_every_target_cost_the_bound():
-    made, outcome, predicted = played(lambda s: apgd_s(s, look=5, steps=9, keep=2, hope=1e9), [1.0] * 5, [5.0] * 5)
+def test_random_search_from_the_best_point_finds_what_no_gradient_shows():
+    made, outcome, predicted = played(lambda s: staged(s, steps=2, rounds=30, hope=math.inf, fade=1), Dents(), 4)
+    assert (predicted == 1).all()
+    assert (outcome.forwards < made.passes()[0]).all()
+    _, _, short = played(lambda s: staged(s, steps=2, rounds=1, glance=1, search=1, hope=math.inf), Dents(), 4)
+    assert (short == 0).all()  # the climbs alone find nothing
+
+
+def test_all_the_hope_costs_the_bound():
+    made, outcome, predicted = sloped(
+        lambda s: staged(s, targets=3, look=5, glance=4, steps=6, search=7, rounds=2, hope=math.inf),
+        [1.0] * 5,
+        [5.0] * 5,
+    )
     assert (predicted == 0).all()
+    assert made.passes() == (3 * 6 + 4 + 2 * (7 + 7), 3 * 6 + 2 * 7)
     assert outcome.forwards.tolist() == [made.passes()[0]] * 8
-    assert made.passes()[0] == 5 * 6 + 2 * 10
+    assert outcome.backwards.tolist() == [made.passes()[1]] * 8
+
+
+def test_the_scale_of_the_logits_plays_no_part():
+    slopes, gaps = [3.0, 5.0, 8.0, 13.0], [0.5, 0.7, 1.0, 1.5]
+    _, plain, _ = sloped(lambda s: staged(s, hope=2), slopes, gaps)
+    _, scaled, _ = sloped(lambda s: staged(s, hope=2), slopes, gaps, scale=1024.0)
+    assert torch.equal(plain.x_adv, scaled.x_adv)
+    assert torch.equal(plain.forwards, scaled.forwards)
 
 
 @settings(max_examples=25, deadline=None)
@@ -85,12 +106,22 @@ def test_all_the_hope_and_every_target_cost_the_bound():
     st.lists(st.floats(0.5, 6), min_size=6, max_size=6),
     st.integers(1, 8),
     st.floats(0, 5),
+    st.sampled_from(["Linf", "L2"]),
 )
-def test_it_stays_in_the_ball_within_its_bound_and_claims_nothing_that_is_not_there(slopes, gaps, look, hope):
-    made, outcome, predicted = played(lambda s: apgd_s(s, look=look, steps=12, hope=hope), slopes, gaps[: len(slopes)])
-    assert (outcome.forwards <= made.passes()[0]).all()
-    assert ((outcome.x_adv - 0.5).abs() <= 0.1 + 1e-6).all()
-    _, _, all_targets = played(lambda s: apgd_t(s, targets=9, steps=50), slopes, gaps[: len(slopes)])
-    assert (
-        (predicted == 0) | (all_targets != 0)
-    ).all()  # on linear models a long run on each target finds whatever is there
+def test_it_stays_in_the_ball_and_more_hope_costs_no_less(slopes, gaps, look, hope, norm):
+    threat = Threat.parse(norm, {"Linf": "0.1", "L2": "0.3"}[norm])
+    spent = []
+    for much in (hope, 2 * hope + 1):
+        model = Slopes(slopes, gaps[: len(slopes)])
+        made, outcome, predicted = played(
+            lambda s, much=much: staged(s, look=look, steps=6, search=5, rounds=3, hope=much, fade=1),
+            model,
+            len(slopes) + 1,
+            threat=threat,
+        )
+        assert (outcome.forwards <= made.passes()[0]).all()
+        assert threat.inside(torch.full_like(outcome.x_adv, 0.5), outcome.x_adv).all()
+        spent.append((outcome.forwards, predicted != 0))
+    (some, fell), (more, fell_too) = spent
+    assert (more >= some).all()
+    assert (fell_too | ~fell).all()

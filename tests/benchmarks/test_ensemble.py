@@ -209,7 +209,7 @@ SETTINGS = {
     "n": 8,
     "cifar": None,
     "cifar_n": 4,
-    "fast": "apgd_s",
+    "fast": "staged",
     "full": "autoattack",
     "bf16": False,
     "frontier": ("apgd_ce(steps=10)",),
@@ -281,7 +281,7 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(games, "play_plainly", fail)
     found = made.run()
     assert found.left_out["runs: cnn, train seed 0, autoattack, plain"] == "cnn is out of order"
-    assert {r.way for r in found.runs} == {"apgd_s", "autoattack"}
+    assert {r.way for r in found.runs} == {"staged", "autoattack"}
     assert any("sharp is out of order" in line for line in said)
 
 
@@ -289,7 +289,7 @@ def test_ways_take_turns_and_a_case_without_its_file_is_told(tmp_path, monkeypat
     played = []
     made, _ = bench(tmp_path, monkeypatch, played, cases=("cnn", "cifar"), seeds=(0,), parts=("runs",))
     found = made.run()
-    turn = [("play_in_turn", "apgd_s"), ("play_in_turn", "autoattack"), ("play_plainly", "autoattack")]
+    turn = [("play_in_turn", "staged"), ("play_in_turn", "autoattack"), ("play_plainly", "autoattack")]
     assert [(kind, entry) for kind, _, _, entry in played] == turn + turn[::-1]
     assert found.left_out["case cifar"] == "no --cifar FILE was given"
     with pytest.raises(ArenaError, match="case 'cifar': expected --cifar FILE"):
@@ -444,7 +444,7 @@ def test_the_command_line_names_what_it_does_not_know(script, tmp_path, capsys):
 
 
 def test_what_is_known_is_printed_and_nothing_is_measured(script, tmp_path, capsys):
-    words = ["--known", "--cases", "cnn", "--seeds", "0", "-n", "8", "--fast", "apgd_s", "--results", str(tmp_path)]
+    words = ["--known", "--cases", "cnn", "--seeds", "0", "-n", "8", "--fast", "staged", "--results", str(tmp_path)]
     assert script.main(words) == 0
     text = capsys.readouterr().out
     assert "- runs: cnn, train seed 0, autoattack: not measured" in text
