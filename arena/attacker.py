@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from arena.arrangement import Arrangement
-from arena.attack import Setup, bound
-from arena.auditing.observing import Observed
-from arena.contender import Contender, seeded
-from arena.engine import Outcome, run_iterated, run_plain
-from arena.journal import AttackKeeper, Journal
+from arena.check import PROBE
+from arena.contender import Contender
+from arena.crew import Crew
+from arena.engine import Keeper, Outcome
+from arena.ground import Ground
+from arena.journal import EVERY, AttackKeeper, Journal, Keepers
 from arena.lending import lend
 from arena.limit import Limit
 from arena.lineup import Planned
+from arena.messages import Order
 from arena.plugins import Registry
-from arena.points import Points, Pool, Shard
+from arena.points import SHARD, Points, Pool, Shard, shards
 from arena.question import Running
-from arena.referee import DRAWS, Referee
-from arena.rng import Stream
+from arena.referee import Referee
 from arena.search import Search
-from arena.specs import load
+from arena.staff import Staff
+from arena.target import padded
+from arena.task import Task
 from arena.watch import Watch
 
 #: Told that work begins: (attack, steps, their unit, points that it meets).
@@ -64,6 +67,12 @@ class Attacker:
         self.surface = contender.surface
         self._search: Search | None = None
         self._told = ("", 0)
+        self.crew: Crew | None = None
+        """The workers, where there are several devices."""
+        self._changed = ""
+        self._lent: dict[str, Contender] = {}
+        self._asked: list[str] = []
+        """Models that the attack at hand has asked for, by name."""
 
     def build(self) -> nn.Module:
         """Make a fresh model on the device."""
@@ -81,15 +90,50 @@ class Attacker:
         """Whether anything was queried."""
         return self._search is not None
 
-    def setup(self, stream: Stream, lend: Callable[[str], None]) -> Setup:
-        """Return what an attack is made from."""
-        arranged = self.arranged
-        return Setup(arranged.threat, self.n_classes, self.surface, arranged.images.shape, stream, lend)
-
     @property
-    def draws(self) -> int:
-        """Passes that the model's logits are averaged over at least."""
-        return DRAWS if self.surface.random else 1
+    def ground(self) -> Ground:
+        """What all attacks of the match share."""
+        arranged = self.arranged
+        shape, seed, first = arranged.images.shape, arranged.question.seed, int(arranged.index[0])
+        return Ground(arranged.threat, self.n_classes, self.surface, shape, seed, first)
+
+    def muster(self, staff: Staff | None) -> None:
+        """Start the workers, if there are any: they then do the attacks' passes.
+
+        Raises:
+            ArenaError: they cannot begin.
+        """
+        if staff is None:
+            return
+        if self.surface.random:
+            self.watch.say("the model is declared random: what it draws depends on its batch, so one device attacks it")
+            return
+        target, running = self.search.target, self.running
+        most = padded(min(-(-int(self.met.sum()) // staff.size), SHARD))
+        self.crew = Crew(staff)
+        self.crew.begin(
+            Order(
+                contender=self.contender,
+                ground=self.ground,
+                probe=self.pool.x[:PROBE].cpu().numpy(),
+                most=most,
+                precision=target.precision,
+                batch_size=running.batch_size,
+                every=EVERY,
+                threads=max(1, torch.get_num_threads() // staff.size) if staff.engine == "local" else 1,
+            )
+        )
+        self.search.pace = self.crew.pace
+
+    def changed(self) -> str:
+        """Name what of the search copy, or of a worker's, is no longer what it was; empty if nothing is."""
+        what, self._changed = self._changed, ""
+        return what or self.search.guard.changed()
+
+    def shards(self, planned: Planned, rows: Tensor) -> list[Shard]:
+        """Cut the positions (N,) that an attack meets into what is played at a time: a shard for each device."""
+        spec = planned.spec.spec
+        return shards(rows, spec.chunk if spec.run else 1, self.crew.staff.size if self.crew else 1)
 
     def attack(self, planned: Planned, shard: Shard, journal: Journal, name: str) -> tuple[Outcome, float]:
         """Play an attack on one shard; return what it handed over, by row of the shard, and the seconds it took.
@@ -106,65 +150,64 @@ class Attacker:
         """
         points = self.pool.take(shard.rows)
 
-        def once(some: Tensor | None, kept: AttackKeeper) -> Outcome:
+        def once(some: Tensor | None, kept: AttackKeeper | Keepers) -> Outcome:
             if some is None:
                 return self._run(planned, shard, points, kept)
             rows = shard.rows[some]
             return self._run(planned, Shard(shard.number, rows, 0, len(rows)), self.pool.take(rows), kept)
 
+        def keeper(added: str) -> AttackKeeper | Keepers:
+            index = points.index.tolist()
+            own = [(journal.keeper(f"{name}{suffix}{added}"), index[span]) for suffix, span in shard.parts]
+            return own[0][0] if len(own) == 1 else Keepers(own)
+
         return self.search.attack(
             planned,
             points.y,
             once,
-            lambda added: journal.keeper(f"{name}{shard.suffix}{added}"),
+            keeper,
             lambda found: self.referee.judge(points.x, found.x_adv, points.y, points.index).broken,
             lambda: self.limit.up,
         )
 
-    def _run(self, planned: Planned, shard: Shard, points: Points, keeper: AttackKeeper) -> Outcome:
-        arranged, spec, target = self.arranged, planned.spec.spec, self.search.target
-        stream = Stream.of(arranged.question.seed, planned.name)
-        if spec.iterate:
-            # A minimal attack is nearly always at a mistake, so looking at each one would cost 8 % of its time.
-            attack = Observed(
-                load(spec.iterate)(self.setup(stream, self._lend), **planned.options),
-                arranged.threat,
-                8 if spec.kind == "minimal" else 1,
-            )
-            most = bound(attack, self.draws)
+    def _run(self, planned: Planned, shard: Shard, points: Points, keeper: Keeper) -> Outcome:
+        ground, target, until = self.ground, self.search.target, self.limit.after_step
+        x, y, index = points.x, points.y, points.index
+        if planned.spec.spec.iterate:
+            self._asked = []
+            attack = ground.make(planned, self._lend)
+            most = ground.most(attack)
             self._begin(planned, shard, most, "forwards")
-            # A random model draws from the global generator: the same shard of the same match draws the same numbers.
-            with seeded(int(stream.bits(self.pool.index[:1], 0, shard.number, 1)[0, 0])):
-                return run_iterated(
-                    attack,
-                    target,
-                    points.x,
-                    points.y,
-                    points.index,
-                    None,
-                    keeper,
-                    lambda forwards, done: self._advance(shard, forwards + shard.before * most, done),
-                    self.limit.after_step,
-                    self.draws,
-                )
-        assert spec.run is not None
-        options = dict(planned.options)
+
+            def said(forwards: int, done: int) -> None:
+                self._advance(shard, forwards + shard.before * most, done)
+
+            if self.crew:
+                return self._share(Task(planned, x, y, index, keeper, most), said)
+            return ground.climb(attack, planned, target, x, y, index, keeper, said, until, shard.number)
+        self._asked, call = [], ground.load(planned)
         self._begin(planned, shard, 1, "points")
-        function: Callable[..., Any] = load(spec.run)
-        return run_plain(
-            function,
-            target,
-            points.x,
-            points.y,
-            points.index,
-            arranged.threat,
-            stream,
-            options,
-            keeper,
-            lambda _, done: self.watch.advance(shard.before + done),
-            spec.chunk,
-            self.limit.after_step,
-        )
+
+        def counted(_: int, done: int) -> None:
+            self.watch.advance(shard.before + done)
+
+        if self.crew:
+            return self._share(Task(planned, x, y, index, keeper, 0), counted)
+        return ground.call(call, planned, target, x, y, index, keeper, counted, until)
+
+    def _share(self, task: Task, said: Callable[[int, int], None]) -> Outcome:
+        assert self.crew is not None
+        target, lent = self.search.target, tuple((name, self._lent[name]) for name in self._asked)
+        try:
+            return self.crew.run(
+                task,
+                fp32=target.precision == "fp32",
+                lent=lent,
+                said=said,
+                until=self.limit.after_step,
+            )
+        finally:
+            self._changed = self._changed or task.changed
 
     def _begin(self, planned: Planned, shard: Shard, each: int, unit: str) -> None:
         """Tell the watch, once for all shards of an attack, and once for a second try on some of one."""
@@ -177,6 +220,9 @@ class Attacker:
 
     def _lend(self, name: str) -> None:
         """Put another defense's model at the target's disposal."""
+        if name not in self._lent:
+            self._lent[name] = lend(name, self.arranged, self.registry, self.running.device, self.watch)
+        self._asked.append(name)
         sources = self.search.target.sources
-        if name not in sources:
-            sources[name] = lend(name, self.arranged, self.registry, self.running.device, self.watch)
+        if name not in sources and self.crew is None:
+            sources[name] = self._lent[name].build().to(self.running.device)

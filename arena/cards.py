@@ -24,6 +24,8 @@
 
     [run]                                    # changes no outcome
     device = "auto"
+    devices = "0,1"                          # or "cpu,cpu"; without device
+    engine = "ray"                           # without devices; ray_address and workers as on the command line
     batch_size = 64
     replay = false
     retrain = false
@@ -90,6 +92,10 @@ class _Grid(_Table):
 
 class _Run(_Table):
     device: Text | None = None
+    devices: Text | None = None
+    engine: Literal["local", "ray"] | None = None
+    ray_address: Text | None = None
+    workers: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] | None = None
     replay: bool | None = None
     retrain: bool | None = None
@@ -177,7 +183,7 @@ def _elsewhere(key: str) -> str:
     return next((f"; did you mean '{full}'?" for name, full in homes.items() if f"'{name}'" in close), "")
 
 
-_WHOLE = ("n", "batch_size", "budget")
+_WHOLE = ("n", "batch_size", "budget", "workers")
 
 
 def _expected(where: Sequence[str]) -> str:
@@ -197,6 +203,8 @@ def _expected(where: Sequence[str]) -> str:
         return f"expected {' or '.join(PROTOCOLS)}"
     if key == "time_limit":
         return "expected a time such as 90, 90s, 10m or 1h30m"
+    if key == "engine":
+        return "expected local or ray"
     if key == "audit":
         return "expected normal, deep or none"
     return "expected true or false" if key in ("replay", "retrain", "matrix") else "expected a text"
@@ -225,7 +233,10 @@ def _expand(path: Path, card: _Card, overrides: dict[str, Any]) -> Card:
     for key in ("checkpoint", "surface"):
         if key in base:
             base[key] = path.parent / Path(base[key]).expanduser()
-    running = Running(**{k: v for k, v in card.run.model_dump().items() if v is not None})
+    run = {k: v for k, v in card.run.model_dump().items() if v is not None}
+    if "devices" in run:
+        run["devices"] = tuple(run["devices"].split(","))
+    running = Running(**run)
     how = {k: overrides.pop(k) for k in [*overrides] if k in Running.__dataclass_fields__}
     base |= overrides
     axes = {k: v for k, v in axes.items() if k not in overrides}

@@ -136,6 +136,17 @@ def parse(text: str, available: int) -> tuple[int, ...]:
     return numbers
 
 
+def shared(parts: Sequence[str], available: int) -> tuple[str, ...]:
+    """Read the ``--devices`` of a match, split at its commas: numbers of CUDA devices, or ``cpu`` as often as wanted.
+
+    Raises:
+        ArenaError: as ``parse``.
+    """
+    if parts and set(parts) == {"cpu"}:
+        return tuple(parts)
+    return tuple(f"cuda:{n}" for n in parse(",".join(parts), available))
+
+
 def launch(arguments: Iterable[str], size: int, visible: str | None = None) -> int:
     """Run ``arena ARGUMENTS`` in ``size`` processes that know of each other; returns the first failure's exit code.
 

@@ -63,6 +63,14 @@ class Outcome:
         claim = torch.full((len(x),), -1, dtype=torch.int8)
         return cls(x.clone(), zeros.bool(), zeros.clone(), zeros.clone(), claim, zeros.bool())
 
+    def enter(self, k: int, row: Row) -> None:
+        """Put in a finished row at position ``k``."""
+        x_adv, forwards, backwards, claim, seen = row
+        self.x_adv[k] = x_adv
+        self.attempted[k] = True
+        self.forwards[k], self.backwards[k], self.claim[k] = forwards, backwards, claim
+        self.seen[k] = bool(seen)
+
     def claimed(self, target: Target, y: Tensor) -> Tensor:
         """Return which finished rows the search took for broken, (N,) bool: they left early, were seen or say so still.
 
@@ -177,7 +185,7 @@ def run_iterated(
     finished, state, outcome.moved = keeper.restore()
     for i, row in finished.items():
         if i in place:
-            _file(outcome, place[i], row)
+            outcome.enter(place[i], row)
     if state is not None:
         state = {k: v.to(x.device) for k, v in state.items()}
         live = torch.tensor([i in place and i not in finished for i in state["index"].tolist()], dtype=torch.bool)
@@ -213,7 +221,7 @@ def run_iterated(
             if bool(leaving.any()):
                 rows_done = _finish(state, leaving)
                 for i, row in rows_done.items():
-                    _file(outcome, place[i], row)
+                    outcome.enter(place[i], row)
                 keeper.finished(rows_done, outcome.moved)
                 done += len(rows_done)
                 state = _keep(state, ~leaving) if len(rows_done) < len(leaving) else None
@@ -275,14 +283,6 @@ def _finish(state: State, leaving: Tensor) -> dict[int, Row]:
     return {i: (best[k], f, b, c, s) for k, (i, f, b, c, s) in enumerate(numbers)}
 
 
-def _file(outcome: Outcome, k: int, row: Row) -> None:
-    x_adv, forwards, backwards, claim, seen = row
-    outcome.x_adv[k] = x_adv
-    outcome.attempted[k] = True
-    outcome.forwards[k], outcome.backwards[k], outcome.claim[k] = forwards, backwards, claim
-    outcome.seen[k] = bool(seen)
-
-
 def run_plain(
     function: Callable[..., Any],
     target: Target,
@@ -309,7 +309,7 @@ def run_plain(
     finished, _, outcome.moved = keeper.restore()
     for i, row in finished.items():
         if i in place:
-            _file(outcome, place[i], row)
+            outcome.enter(place[i], row)
     waiting = [k for i, k in place.items() if i not in finished]
     done = len(finished)
     for start in range(0, len(waiting), chunk):
@@ -346,7 +346,7 @@ def run_plain(
             cost = [s // len(rows) + (j < s % len(rows)) for s in spent]
             claim = -1 if claims is None else int(bool(claims[j]))
             taken[int(index[k])] = (x_adv[j], cost[0], cost[1], claim, 0)
-            _file(outcome, k, taken[int(index[k])])
+            outcome.enter(k, taken[int(index[k])])
         keeper.finished(taken, outcome.moved)
         keeper.snapshot(None, outcome.moved)
         done += len(rows)

@@ -14,6 +14,7 @@ import shutil
 import time
 import uuid
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,6 +74,8 @@ class AttackKeeper:
     folder: Path
     name: str
     every: float
+    share: float = 1.0
+    """Of the seconds that pass: they are shared where several keepers keep one attack at the same time."""
     _pending: dict[int, Row] = field(default_factory=dict)
     _last: float = field(default_factory=time.monotonic)
     _born: float = field(default_factory=time.monotonic)
@@ -85,7 +88,10 @@ class AttackKeeper:
             if not path.name.endswith(self._id):
                 with contextlib.suppress(OSError, ValueError):
                     earlier += float(path.read_text())
-        return earlier + time.monotonic() - self._born
+        return earlier + self._own()
+
+    def _own(self) -> float:
+        return self.share * (time.monotonic() - self._born)
 
     def restore(self) -> tuple[dict[int, Row], State | None, bool]:
         """Return the union of all finished rows, the newest readable snapshot, and whether a query had left x."""
@@ -96,11 +102,8 @@ class AttackKeeper:
             if kept is None:
                 continue
             moved = moved or bool(kept["moved"])
-            x_adv = torch.from_numpy(kept["x_adv"])
             kept.setdefault("seen", np.zeros_like(kept["index"]))
-            numbers = zip(*(kept[k].tolist() for k in ("index", *(k for _, k in _NUMBERS))), strict=True)
-            for k, (i, forwards, backwards, claim, seen) in enumerate(numbers):
-                rows[i] = (x_adv[k], forwards, backwards, claim, seen)
+            rows |= unpacked(kept)
         kept = _read(self.folder / f"{self.name}.state.npz")
         if kept is None:
             return rows, None, moved
@@ -118,13 +121,7 @@ class AttackKeeper:
     def snapshot(self, state: State | None, moved: bool) -> None:
         """Write pending rows, then the state of active ones: in this order, so a kill between the two loses nothing."""
         if self._pending:
-            rows = self._pending
-            arrays = {
-                "index": np.array(list(rows), dtype=np.int64),
-                "x_adv": np.stack([r[0].detach().cpu().numpy() for r in rows.values()]),
-                **{k: np.array([r[j] for r in rows.values()], dtype=np.int64) for j, k in _NUMBERS},
-                "moved": np.array(moved),
-            }
+            arrays = {**packed(self._pending), "moved": np.array(moved)}
             _write(self.folder / f"{self.name}.rows-{uuid.uuid4().hex}.npz", arrays)
             self._pending = {}
         path = self.folder / f"{self.name}.state.npz"
@@ -132,14 +129,87 @@ class AttackKeeper:
             _write(path, {**{_STATE + k: v.detach().cpu().numpy() for k, v in state.items()}, "moved": np.array(moved)})
         else:
             path.unlink(missing_ok=True)
-        spent = f"{time.monotonic() - self._born:.3f}"
+        spent = f"{self._own():.3f}"
         atomic_write(self.folder / f"{self.name}.seconds-{self._id}", spent.encode())
         self._last = time.monotonic()
+
+
+class Keepers:
+    """Keeps several shards of one attack that are played at a time, each where it is kept when it is played alone."""
+
+    def __init__(self, parts: Sequence[tuple[AttackKeeper, Sequence[int]]]) -> None:
+        """Args: ``parts`` are the shards' own keepers with the data-set indices of their points."""
+        self.keepers = [keeper for keeper, _ in parts]
+        self._place = {i: k for k, (_, index) in enumerate(parts) for i in index}
+        for keeper in self.keepers:
+            keeper.share = 1 / len(parts)
+
+    def seconds(self) -> float:
+        """Return the seconds spent on these shards by all processes, this one up to now."""
+        return sum(keeper.seconds() for keeper in self.keepers)
+
+    def restore(self) -> tuple[dict[int, Row], State | None, bool]:
+        """Return what all of them return."""
+        rows: dict[int, Row] = {}
+        states, moved = [], False
+        for keeper in self.keepers:
+            found, state, left = keeper.restore()
+            rows |= found
+            moved |= left
+            states += [] if state is None else [state]
+        return rows, joined(states), moved
+
+    def finished(self, rows: dict[int, Row], moved: bool) -> None:
+        """Buffer finished rows until the next snapshot."""
+        for k, keeper in enumerate(self.keepers):
+            keeper.finished({i: row for i, row in rows.items() if self._place[i] == k}, moved)
+
+    def due(self) -> bool:
+        """Tell whether it is time for a snapshot."""
+        return self.keepers[0].due()
+
+    def snapshot(self, state: State | None, moved: bool) -> None:
+        """Write pending rows and the state of active ones."""
+        for k, keeper in enumerate(self.keepers):
+            own = None if state is None else some(state, [self._place[i] == k for i in state["index"].tolist()])
+            keeper.snapshot(own, moved)
+
+
+def joined(states: Sequence[State]) -> State | None:
+    """Join states; one with other keys than the first is left out, and its points begin again."""
+    same = [state for state in states if state.keys() == states[0].keys()]
+    return {k: torch.cat([state[k] for state in same]) for k in same[0]} if same else None
+
+
+def some(state: State, mask: Sequence[bool]) -> State | None:
+    """Return some rows of a state, or None if these are none."""
+    rows = torch.tensor(mask, dtype=torch.bool).nonzero().squeeze(1)
+    return {k: v[rows.to(v.device)] for k, v in state.items()} if len(rows) else None
 
 
 #: Keeps an attack's own state keys apart from the journal's and from the file format's.
 _STATE = "state."
 _NUMBERS = ((1, "forwards"), (2, "backwards"), (3, "claim"), (4, "seen"))
+
+
+def packed(rows: Mapping[int, Row]) -> dict[str, np.ndarray]:
+    """Return finished rows, by data-set index, as arrays; none as no arrays."""
+    if not rows:
+        return {}
+    return {
+        "index": np.array(list(rows), dtype=np.int64),
+        "x_adv": np.stack([r[0].detach().cpu().numpy() for r in rows.values()]),
+        **{k: np.array([r[j] for r in rows.values()], dtype=np.int64) for j, k in _NUMBERS},
+    }
+
+
+def unpacked(arrays: Mapping[str, np.ndarray]) -> dict[int, Row]:
+    """Return finished rows from ``packed``."""
+    if not arrays:
+        return {}
+    x_adv = torch.from_numpy(arrays["x_adv"])
+    numbers = zip(*(arrays[k].tolist() for k in ("index", *(k for _, k in _NUMBERS))), strict=True)
+    return {i: (x_adv[k], f, b, c, s) for k, (i, f, b, c, s) in enumerate(numbers)}
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from arena.arrangement import Arrangement, threat_model
 from arena.attack import Unsupported
+from arena.contender import Contender
 from arena.datasets import describe
 from arena.errors import ArenaError
 from arena.models import plan
@@ -14,7 +13,7 @@ from arena.usermodels import OwnPlan
 from arena.watch import Watch
 
 
-def lend(name: str, arranged: Arrangement, registry: Registry, device: str, watch: Watch) -> nn.Module:
+def lend(name: str, arranged: Arrangement, registry: Registry, device: str, watch: Watch) -> Contender:
     """Return another defense's model, trained as this match's question says; trained now where that is cheap.
 
     Raises:
@@ -39,4 +38,4 @@ def lend(name: str, arranged: Arrangement, registry: Registry, device: str, watc
         other = planned.obtain(train=spec.cpu, retrain=False, device=device, watch=watch)
     except ArenaError as error:
         raise Unsupported(str(error)) from None
-    return other.build().to(device)
+    return other

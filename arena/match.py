@@ -16,6 +16,7 @@ from arena.journal import Journal
 from arena.playing import Playing
 from arena.plugins import Registry
 from arena.question import Question, Running
+from arena.staff import engaged
 from arena.store import open_store
 from arena.threads import one_thread, small
 from arena.watch import Watch
@@ -49,15 +50,16 @@ def play(question: Question, running: Running, registry: Registry, watch: Watch)
         device = running.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        spec = describe(question.dataset, registry)
-        contender = arranged.plan.obtain(train=spec.cpu, retrain=running.retrain, device=device, watch=watch)
-        if journal.open(contender.id):
-            watch.say("going on with an unfinished match")
-        if again:
-            journal.mark("replay")
-        match = Playing(arranged, replace(running, device=device), registry, contender, journal, watch)
-        with one_thread(small(device, contender.parameters, arranged.images.shape)):  # changes no outcome
-            record, outcomes = match.run()
+        running, spec = replace(running, device=device), describe(question.dataset, registry)
+        with engaged(running) as staff:
+            contender = arranged.plan.obtain(train=spec.cpu, retrain=running.retrain, device=device, watch=watch)
+            if journal.open(contender.id):
+                watch.say("going on with an unfinished match")
+            if again:
+                journal.mark("replay")
+            match = Playing(arranged, running, registry, contender, journal, watch)
+            with one_thread(small(device, contender.parameters, arranged.images.shape)):  # changes no outcome
+                record, outcomes = match.run(staff)
         if record["stopped"]:  # no answer yet: the journal stays, and the same question goes on from it
             return Answered(record, False)
         store.put(arranged.key, record, outcomes)

@@ -53,6 +53,10 @@ class Pace:
         """Return the seconds that so many forwards and backwards cost with nothing around them."""
         return max(forwards - backwards, 0) * self.forward + backwards * self.both
 
+    def shared(self, workers: int) -> Pace:
+        """Return the pace of so many devices that are all as fast as this one."""
+        return Pace(self.batch_size, self.forward / workers, self.both / workers)
+
 
 def measure(target: Target, x: Tensor, batch_size: int | None = None) -> Pace | None:
     """Measure a target's bare passes on images (N, C, H, W), at the given batch size or at the best.

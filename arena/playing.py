@@ -29,7 +29,7 @@ from arena.limit import Limit
 from arena.lineup import Group, Planned, line_up
 from arena.paper import as_paper, paper_row
 from arena.plugins import Registry
-from arena.points import Pool, shards
+from arena.points import Pool
 from arena.question import Running
 from arena.referee import Referee
 from arena.results import (
@@ -42,8 +42,8 @@ from arena.results import (
     unique_breaks,
     worst_case,
 )
-from arena.rng import Stream
 from arena.specs import Indicator
+from arena.staff import Staff
 from arena.store import Outcomes
 from arena.tally import Tally
 from arena.trained import near_chance
@@ -105,10 +105,9 @@ class Playing:
         )
         own = evaluation_of(arranged.plan)
         groups = line_up(arranged.entries, self.registry, self.surface, arranged.threat, n_classes, own)
-        seed = arranged.question.seed
         tries = 2 if self.running.precision == "bf16" and not self.surface.random else 1
-        attacker = self.attacker
-        prices = Prices(lambda p: attacker.setup(Stream.of(seed, p.name), lambda name: None), attacker.draws, tries)
+        ground = self.attacker.ground
+        prices = Prices(lambda p: ground.setup(p, lambda name: None), ground.draws, tries)
         groups = [within(group, arranged.question.budget, prices.cost) for group in groups]
         for text in filter(None, map(said, groups)):
             self.watch.say(text)
@@ -116,8 +115,9 @@ class Playing:
         alone = self.paper or self.running.matrix
         return groups, bill_of(groups, lambda p: prices.played(p, arranged.threat), points, alone), findings
 
-    def run(self) -> tuple[dict[str, Any], Outcomes]:
-        """Play everything; return the record and what became of each point."""
+    def run(self, staff: Staff | None = None) -> tuple[dict[str, Any], Outcomes]:
+        """Play everything, with the workers of a ``staff`` if there is one; return the record and what became of each
+        point."""
         groups, bill, findings = self.prepare()
         record = heading(self.arranged, self.contender, *share(self.correct))
         record["cost"] = bill.record()
@@ -125,9 +125,12 @@ class Playing:
         rows: list[tuple[Group, Played]] = []
         if not any(i.flag and i.fatal for i in findings):
             search = self.attacker.search
-            pace = search.pace
             if what := search.guard.changed():
                 findings.append(_changes(f"while its passes were timed, the model changed: {what}"))
+            self.attacker.muster(staff)
+            pace = search.pace
+            if pace and staff and self.attacker.crew:
+                pace = pace.shared(staff.size)
             self.forecast, self.place = Forecast(bill, pace), -1
             self.watch.say(bill.line(pace))
             for group in groups:
@@ -192,7 +195,7 @@ class Playing:
         """Attack positions (N,) shard by shard, judge what comes back, put the breaks away and forget the rest."""
         played = tally.played
         planned = played.planned
-        for shard in shards(rows, planned.spec.spec.chunk if planned.spec.spec.run else 1):
+        for shard in self.attacker.shards(planned, rows):
             if shard.number and self.limit.up:
                 return
             try:
@@ -217,15 +220,14 @@ class Playing:
 
     def _still_the_same(self, planned: Planned, played: Played, findings: list[Indicator]) -> None:
         """Check that the search copy is what it was. An ask/tell attack cannot touch it: then the defense did it."""
-        search = self.attacker.search
-        what = search.guard.changed()
+        what = self.attacker.changed()
         if not what:
             return
         if planned.spec.spec.run:
             played.status, played.error = "failed", f"the attack changed the model: {what}"
         else:
             findings.append(_changes(f"while {planned.name} attacked, the model changed: {what}"))
-        search.renew()
+        self.attacker.search.renew()
 
     def _row(self, played: Played, unique: int | None = None) -> dict[str, Any]:
         row = attack_row(played, self.correct, unique)
@@ -253,6 +255,7 @@ class Playing:
         record["stopped"] = self.stopped
         origins = [self.contender.origin, *(p.planned.spec.origin for p in rows)]
         record["provenance"] = provenance(origins, self.running.device, self.running.precision, self.started)
+        record["provenance"]["crew"] = self.attacker.crew.record() if self.attacker.crew else None
         record["provenance"]["time_limit"] = self.running.time_limit
         problems = [f"{g.name}: {problem}" for g in groups for problem in g.problems]
         indicators = [*findings, *statuses(record, problems)]

@@ -116,20 +116,24 @@ class Shard:
     """Points in the shards before it."""
     met: int
     """Points in all of them."""
+    size: int = SHARD
+    """Points of a shard on its own: several devices play several at a time, and the journal knows them apart."""
 
     @property
-    def suffix(self) -> str:
-        """What it adds to the attack's name in the journal; the first adds nothing."""
-        return f"-{self.number:04d}" if self.number else ""
+    def parts(self) -> list[tuple[str, slice]]:
+        """What each shard in it adds to the attack's name in the journal, the first nothing, and its points."""
+        numbered = enumerate(spans(len(self), self.size), start=self.number)
+        return [(f"-{number:04d}" if number else "", span) for number, span in numbered]
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
-def shards(rows: Tensor, chunk: int = 1) -> list[Shard]:
-    """Cut the positions (N,) that an attack meets into shards of whole chunks.
+def shards(rows: Tensor, chunk: int = 1, together: int = 1) -> list[Shard]:
+    """Cut the positions (N,) that an attack meets into shards of whole chunks, so many ``together`` at a time.
 
     Points of one ``chunk`` are attacked together and draw from one seed, so no shard may cut through it.
     """
     size = max(SHARD // chunk, 1) * chunk
-    return [Shard(k, rows[s], s.start, len(rows)) for k, s in enumerate(spans(len(rows), size))]
+    cut = spans(len(rows), size * together)
+    return [Shard(k * together, rows[s], s.start, len(rows), size) for k, s in enumerate(cut)]

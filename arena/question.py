@@ -55,3 +55,12 @@ class Running:
     """Seconds that the attacks may take; a match that it stops is not stored and goes on when asked again."""
     matrix: bool = False
     """Let every attack meet every naturally correct point: fills ``unique_broken``, costs passes."""
+    devices: tuple[str, ...] = ()
+    """Devices that share the points, a worker each: ``cuda:0, cuda:1``; with at most one, ``device`` does it all. Of
+    engine ``ray``: nothing, or ``cpu`` or ``cuda`` where its workers must be on such a device."""
+    engine: str = "local"
+    """``local``, or ``ray``: the workers are actors of a Ray cluster."""
+    ray_address: str | None = None
+    """Of a running cluster, ``auto`` for this machine's; None starts one here."""
+    workers: int | None = None
+    """Actors; None: one for each GPU of the cluster, or, where there is none, for each CPU."""

@@ -200,13 +200,18 @@ def provenance(plugins: Sequence[str], device: str, precision: str, started: str
         "python": platform.python_version(),
         "packages": versions,
         "plugins": sorted(set(plugins)),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"cpu ({platform.machine()})",
+        "device": device_name(device),
         "precision": precision,
         "threads": torch.get_num_threads(),
         "started": started,
         "seconds": 0.0,
         "git": _git(),
     }
+
+
+def device_name(device: str) -> str:
+    """Return a device in words."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu ({platform.machine()})"
 
 
 def _git() -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from arena.cheaper import Cheaper, make_cheaper
 from arena.check import PROBE
 from arena.engine import Outcome, confirm
 from arena.guard import Guard
-from arena.journal import AttackKeeper
+from arena.journal import AttackKeeper, Keepers
 from arena.lineup import Planned
 from arena.pace import SIZES, Pace, measure
 from arena.points import Rows
@@ -20,7 +20,7 @@ from arena.surface import Surface
 from arena.target import Target
 
 #: Attacks all points, or some by their positions (M,), and keeps them.
-Try = Callable[[Tensor | None, AttackKeeper], Outcome]
+Try = Callable[[Tensor | None, AttackKeeper | Keepers], Outcome]
 
 
 class Search:
@@ -78,7 +78,7 @@ class Search:
         planned: Planned,
         y: Tensor,
         once: Try,
-        keeper: Callable[[str], AttackKeeper],
+        keeper: Callable[[str], AttackKeeper | Keepers],
         broken: Callable[[Outcome], Tensor],
         over: Callable[[], bool],
     ) -> tuple[Outcome, float]:
@@ -100,7 +100,7 @@ class Search:
                 return once(None, first), first.seconds()
         outcome = once(None, first)
         seconds = first.seconds()
-        second: list[AttackKeeper] = []
+        second: list[AttackKeeper | Keepers] = []
 
         def again(denied: Tensor) -> Outcome:
             if over():

@@ -251,21 +251,16 @@ class TrainedPlan:
 
     def make(self) -> nn.Module:
         """Build the untrained model, its first weights drawn under the train seed."""
-        spec, images = self.defense.spec, self.images
-        info = DatasetInfo(
-            images.name, images.shape, images.n_classes, self.backbone.spec.name, tuple(self.backbone.spec.slots)
-        )
-        with seeded(seed_of("init", self.train_seed)):
-            inner = load(self.backbone.spec.build)(
-                shape=images.shape, n_classes=images.n_classes, **self.backbone_options
-            )
-            model = load(spec.build)(inner, info, **self.options)
-        if not isinstance(model, nn.Module):
-            raise PluginError(
-                f"defense '{self.defense.name}' ({self.defense.origin}): build returned a {type(model).__name__}, "
-                "expected an nn.Module"
-            )
-        return model
+        return self.factory()
+
+    @property
+    def factory(self) -> Factory:
+        """What builds the untrained model, here or in another process."""
+        images, backbone = self.images, self.backbone.spec
+        info = DatasetInfo(images.name, images.shape, images.n_classes, backbone.name, tuple(backbone.slots))
+        build, options = self.defense.spec.build, dict(self.options)
+        owner = f"defense '{self.defense.name}' ({self.defense.origin})"
+        return Factory(owner, build, options, backbone.build, dict(self.backbone_options), info, self.train_seed)
 
     def untrained(self) -> Contender:
         """Return the model with its first weights: its parts and its passes are those of the trained one."""
@@ -294,11 +289,41 @@ class TrainedPlan:
             twin=spec.twin,
             origin=self.defense.origin,
             surface=self.declared(model),
-            factory=self.make,
+            factory=self.factory,
             weights=snapshot(model),
             finish=finish,
         )
         return found
+
+
+@dataclass(frozen=True)
+class Factory:
+    """Builds a registered defense's untrained model; small, so that it can be sent to other processes."""
+
+    owner: str
+    """Defense, with its origin, for messages."""
+    build: str
+    """``package.module:attribute`` that puts the defense into a backbone."""
+    options: Mapping[str, Value]
+    backbone: str
+    """``package.module:attribute`` that builds the backbone."""
+    backbone_options: Mapping[str, Value]
+    info: DatasetInfo
+    train_seed: int
+
+    def __call__(self) -> nn.Module:
+        """Build it, its first weights drawn under the train seed.
+
+        Raises:
+            PluginError: what was built is no module.
+        """
+        info = self.info
+        with seeded(seed_of("init", self.train_seed)):
+            inner = load(self.backbone)(shape=info.shape, n_classes=info.n_classes, **self.backbone_options)
+            model = load(self.build)(inner, info, **self.options)
+        if not isinstance(model, nn.Module):
+            raise PluginError(f"{self.owner}: build returned a {type(model).__name__}, expected an nn.Module")
+        return model
 
 
 def _beside(checkpoint: Path, sha256: str) -> dict[str, Any]:

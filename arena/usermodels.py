@@ -37,12 +37,7 @@ class OwnPlan:
 
     name: str
     key: str
-    source: str
-    """sha256 of the source file."""
-    factory: Callable[[], Any]
-    folder: Path
-    """On the import path while the factory runs."""
-    train_seed: int
+    factory: OwnFactory
     checkpoint: Path | None
     surface: Surface
 
@@ -52,7 +47,7 @@ class OwnPlan:
         Raises:
             ArenaError: the factory fails or returns no module, or the checkpoint does not fit.
         """
-        model = self._make()
+        model = self.factory()
         source = self._source()
         trained: dict[str, Any] = {"weights": "factory"}
         if self.checkpoint is not None:
@@ -75,24 +70,43 @@ class OwnPlan:
             twin="",
             origin="",
             surface=self.surface,
-            factory=self._make,
+            factory=self.factory,
             weights=snapshot(model),
         )
 
     def _source(self) -> str:
         """Hash the factory's file and every module of its folder that is loaded by now."""
-        digest = hashlib.sha256(self.source.encode())
+        digest = hashlib.sha256(self.factory.source.encode())
         files = {getattr(m, "__file__", None) for m in list(sys.modules.values())}
-        inside = sorted(Path(f) for f in files if f and Path(f).parent == self.folder and f.endswith(".py"))
+        inside = sorted(Path(f) for f in files if f and Path(f).parent == self.factory.folder and f.endswith(".py"))
         for path in inside:
             digest.update(hash_file(path).encode())
         return digest.hexdigest()
 
-    def _make(self) -> nn.Module:
+
+@dataclass(frozen=True)
+class OwnFactory:
+    """Calls the factory of a user's own model. Another process finds it by its place and knows it by its hash."""
+
+    name: str
+    """As the user wrote it."""
+    folder: Path
+    """On the import path while the factory runs."""
+    source: str
+    """sha256 of the source file."""
+    train_seed: int
+    found: Callable[[], Any]
+
+    def __call__(self) -> nn.Module:
+        """Build the model.
+
+        Raises:
+            ArenaError: the factory fails, or returns no module.
+        """
         # The seed makes weights that a factory draws at random the same every time.
         with seeded(self.train_seed), importable(self.folder):
             try:
-                made = self.factory()
+                made = self.found()
             except KeyboardInterrupt:
                 raise
             except BaseException as e:
@@ -101,24 +115,42 @@ class OwnPlan:
             raise ArenaError(f"'{self.name}': the factory returned {type(made).__name__}, expected an nn.Module")
         return made
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _found_again, (self.name, self.folder, self.source, self.train_seed)
 
-def plan_own(text: str, *, train_seed: int, checkpoint: Path | None, surface: Path | None) -> OwnPlan:
-    """Find the factory behind ``file.py:factory`` or ``package.module:factory``.
+
+def _found_again(name: str, folder: Path, source: str, train_seed: int) -> OwnFactory:
+    """Find a factory in another process than the one that asked for it.
 
     Raises:
-        ArenaError: no such file, module or factory, an import that fails, options in brackets, or a surface file that
-            cannot be read.
+        ArenaError: it is not there, or its file is another one.
+    """
+    where, _, factory = name.rpartition(":")
+    here = f"{folder / Path(where).name}:{factory}" if _is_file(where) else name
+    other = find_own(here, train_seed, folder)
+    if other.source != source:
+        raise ArenaError(f"'{name}': {folder} holds another file than where the match was begun (its sha256 differs)")
+    return OwnFactory(name, folder, source, train_seed, other.found)
+
+
+def find_own(text: str, train_seed: int, folder: Path | None = None) -> OwnFactory:
+    """Find the factory behind ``file.py:factory`` or ``package.module:factory``.
+
+    ``folder`` is where a package may lie besides the import path; None: the working directory.
+
+    Raises:
+        ArenaError: no such file, module or factory, an import that fails, or options in brackets.
     """
     where, _, factory = text.strip().rpartition(":")
     if "(" in factory or "(" in where:
         raise ArenaError(f"'{text}': a factory is called without arguments, expected FILE.py:FACTORY without brackets")
     if not where or not factory.isidentifier():
         raise ArenaError(f"'{text}': expected FILE.py:FACTORY or package.module:FACTORY")
-    if where.endswith(".py") or "/" in where:
+    if _is_file(where):
         path = Path(where).expanduser()
         module, source, folder = _from_file(text, path), hash_file(path), path.absolute().parent
     else:
-        folder = Path.cwd()
+        folder = folder or Path.cwd()
         module, source = _from_package(text, where, folder)
     found = getattr(module, factory, None)
     if not callable(found):
@@ -126,15 +158,29 @@ def plan_own(text: str, *, train_seed: int, checkpoint: Path | None, surface: Pa
         what = "has no factory" if found is None else f"holds {type(found).__name__}, not a callable, as"
         hint = nearest(factory, known) or f"; it has: {', '.join(sorted(known)[:8]) or 'no callable of its own'}"
         raise ArenaError(f"'{text}': {where} {what} '{factory}'{hint}")
+    return OwnFactory(text.strip(), folder, source, train_seed, found)
+
+
+def _is_file(where: str) -> bool:
+    return where.endswith(".py") or "/" in where
+
+
+def plan_own(text: str, *, train_seed: int, checkpoint: Path | None, surface: Path | None) -> OwnPlan:
+    """Find a user's own model.
+
+    Raises:
+        ArenaError: as ``find_own``, or a surface file that cannot be read.
+    """
+    factory = find_own(text, train_seed)
     declared = Surface() if surface is None else surface_from_toml(surface)
     fields = {
-        "source": source,
-        "factory": factory,
+        "source": factory.source,
+        "factory": factory.name.rpartition(":")[2],
         "train_seed": train_seed,
         "checkpoint": None if checkpoint is None else hash_file(checkpoint),
         "surface": None if surface is None else hash_file(surface),
     }
-    return OwnPlan(text.strip(), digest(fields), source, found, folder, train_seed, checkpoint, declared)
+    return OwnPlan(factory.name, digest(fields), factory, checkpoint, declared)
 
 
 def _from_file(text: str, path: Path) -> types.ModuleType:

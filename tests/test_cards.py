@@ -69,6 +69,16 @@ def test_paths_are_relative_to_the_card(card, tmp_path):
     assert question.checkpoint == tmp_path / "w.safetensors"
 
 
+def test_a_card_says_who_plays_and_the_command_line_wins(card):
+    made = read_card(card('[match]\ndefense = "a"\n[run]\ndevices = "cpu,cpu"'))
+    assert (made.running.devices, made.running.engine) == (("cpu", "cpu"), "local")
+    text = '[match]\ndefense = "a"\n[run]\nengine = "ray"\nray_address = "auto"\nworkers = 4'
+    running = read_card(card(text), {"workers": 2}).running
+    assert (running.engine, running.ray_address, running.workers) == ("ray", "auto", 2)
+    with pytest.raises(ArenaError, match=r"run.engine: expected local or ray, got 'dask'; run.workers: exp"):
+        read_card(card('[match]\ndefense = "a"\n[run]\nengine = "dask"\nworkers = 0'))
+
+
 BAD = """
 defences = ["x"]
 [match]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -401,3 +402,11 @@ def test_a_training_that_learns_nothing_is_said(arena_home):
         train=True, retrain=False, device="cpu", watch=Listening()
     )
     assert any("training collapsed" in text for text in said)
+
+
+def test_what_builds_a_model_is_small_enough_to_be_sent(tiny_images):
+    found = planned("fgaa_sat(lam=1)", tiny_images)
+    sent = pickle.dumps(found.factory)
+    assert len(sent) < 4000
+    for one, other in zip(found.make().parameters(), pickle.loads(sent)().parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import arena.attacker
+import arena.ground
 import arena.points
 from arena.auditing.thresholds import SAMPLE
 from arena.check import PROBE
@@ -90,22 +90,24 @@ def the_same(record, other):
 # -- the cut ----------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 64))
-def test_shards_are_whole_chunks_in_order(n, chunk, size):
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 64), st.integers(1, 4))
+def test_shards_are_whole_chunks_in_order(n, chunk, size, together):
     before = arena.points.SHARD
     arena.points.SHARD = size
     try:
         rows = torch.randperm(n)
-        cut = shards(rows, chunk)
+        cut, alone = shards(rows, chunk, together), shards(rows, chunk)
     finally:
         arena.points.SHARD = before
     assert torch.equal(torch.cat([s.rows for s in cut]), rows)
-    assert [s.number for s in cut] == [*range(len(cut))]
+    assert [s.number for s in cut] == [*range(0, len(alone), together)]
     assert all(len(s) % chunk == 0 for s in cut[:-1])
-    assert all(len(s) <= max(size, chunk) for s in cut)
+    assert all(len(s) <= max(size, chunk) * together for s in cut)
     assert [s.before for s in cut] == [sum(map(len, cut[:k])) for k in range(len(cut))]
-    assert len({s.suffix for s in cut}) == len(cut)
-    assert cut[0].suffix == ""  # what an earlier version left of a match goes on
+    kept = [(suffix, s.rows[span].tolist()) for s in cut for suffix, span in s.parts]
+    assert kept == [(suffix, s.rows[span].tolist()) for s in alone for suffix, span in s.parts]
+    assert len({suffix for suffix, _ in kept}) == len(kept) == len(alone)
+    assert kept[0][0] == ""  # what an earlier version left of a match goes on
 
 
 def test_pictures_become_floats_only_where_they_are_asked_for():
@@ -154,7 +156,7 @@ def test_nothing_ever_holds_the_floats_of_more_than_a_shard(ask, monkeypatch):
 
         monkeypatch.setattr(owner, name, outer)
 
-    watched(arena.attacker, "run_iterated", 2)
+    watched(arena.ground, "run_iterated", 2)
     watched(Referee, "score", 1)
     watched(Referee, "judge", 1)
     empty = Outcome.empty
@@ -206,7 +208,7 @@ def test_a_match_killed_in_its_second_shard_goes_on_to_the_same_end(ask, monkeyp
     assert left == set(made)
     monkeypatch.setattr(AttackKeeper, "snapshot", snapshot)
     spent: list[int] = []
-    passed = arena.attacker.run_iterated
+    passed = arena.ground.run_iterated
 
     def counted(attack, target, *rest, **keywords):
         before = target.meter.forwards
@@ -214,7 +216,7 @@ def test_a_match_killed_in_its_second_shard_goes_on_to_the_same_end(ask, monkeyp
         spent.append(target.meter.forwards - before)
         return outcome
 
-    monkeypatch.setattr(arena.attacker, "run_iterated", counted)
+    monkeypatch.setattr(arena.ground, "run_iterated", counted)
     the_same(ask("killed", vs=vs), whole)
     assert spent[0] == 0 < spent[1] < spent[2]
     assert not any((home() / "journal").iterdir())
@@ -237,7 +239,7 @@ def test_a_time_limit_stops_shard_by_shard_and_they_go_on(ask, monkeypatch):
 def test_a_crash_in_a_shard_ends_the_attack_and_its_breaks_count(ask, monkeypatch):
     whole = ask("whole", vs=("pgd(steps=6)", "square(queries=40)"))
     calls = []
-    run = arena.attacker.run_iterated
+    run = arena.ground.run_iterated
 
     def crashing(*args, **keywords):
         calls.append(args)
@@ -246,7 +248,7 @@ def test_a_crash_in_a_shard_ends_the_attack_and_its_breaks_count(ask, monkeypatc
             outcome.error, outcome.trace = "RuntimeError: planted", "planted"
         return outcome
 
-    monkeypatch.setattr(arena.attacker, "run_iterated", crashing)
+    monkeypatch.setattr(arena.ground, "run_iterated", crashing)
     record = ask("crashed", vs=("pgd(steps=6)", "square(queries=40)"))
     pgd, square = record["attacks"]
     assert (pgd["status"], pgd["error"], pgd["attempted"]) == ("failed", "RuntimeError: planted", 2 * SHARD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from arena.errors import ArenaError
-from arena.usermodels import is_own, plan_own
+from arena.usermodels import find_own, is_own, plan_own
 from arena.watch import Silent
 
 SOURCE = """
@@ -171,3 +172,19 @@ def test_a_checkpoint_of_another_architecture(source, tmp_path):
         ArenaError, match=r"another architecture's weights: lacks 'one.bias' \(4,\).*\(4 differences in 4"
     ):
         obtain(f"{source}:factory", checkpoint=tmp_path / "w.safetensors")
+
+
+def test_a_factory_is_found_again_elsewhere_and_known_by_its_hash(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("import torch\n\ndef factory():\n    return torch.nn.Linear(2, 3)\n")
+    made = find_own(f"{path}:factory", 7)
+    sent = pickle.dumps(made)
+    again = pickle.loads(sent)
+    assert torch.equal(again().weight, made().weight)
+    assert again.name == made.name
+    path.write_text("import torch\n\ndef factory():\n    return torch.nn.Linear(2, 4)\n")
+    with pytest.raises(ArenaError, match="holds another file than where the match was begun"):
+        pickle.loads(sent)
+    path.unlink()
+    with pytest.raises(ArenaError, match="no such file"):
+        pickle.loads(sent)

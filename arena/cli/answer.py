@@ -22,13 +22,11 @@ if TYPE_CHECKING:
 
 def answer(question: Question, running: Running, registry: Registry, quiet: bool) -> tuple[dict[str, Any], bool]:
     """Play one question, drawing progress; return the record and whether it was stored already."""
-    from dataclasses import replace
-
     from arena.cli.console import foreign
     from arena.cli.progress import watching
     from arena.match import play
 
-    running = replace(running, device=options.resolve(running.device))
+    running = options.settle(running)
     with spoken(), foreign(), watching(quiet) as watch:
         answered = play(question, running, registry, watch)
     return answered.record, answered.stored

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 )
 @options.training
 @options.device
+@options.crew
 @click.option("--batch-size", default="auto", metavar="N", help="Rows a pass; changes no outcome.  [default: auto]")
 @click.option(
     "--precision", type=click.Choice(("fp32", "bf16")), default="fp32", help="Of the search.  [default: fp32]"
@@ -109,6 +110,7 @@ def command(
       arena match matches/digits.toml
       arena match fgaa_sat --plan
       arena match fgaa_sat --time-limit 10m
+      arena match trades --dataset cifar10 --devices 0,1
     """
     check_destination(json_to)
     options.refuse_bare_file(defense)
@@ -116,6 +118,7 @@ def command(
         raise ArenaError("--fail-under nan: expected a percentage from 0 to 100")
     refuse_threshold((given["protocol"],), fail_under)
     given["batch_size"] = _batch_size(given["batch_size"])
+    given["devices"] = given["devices"] and tuple(given["devices"].split(","))
     given["audit"] = _audit(given["audit"], given.pop("no_audit"))
     if plan:
         refuse_with(json=json_to, fail_under=fail_under)
@@ -173,8 +176,8 @@ def how(given: dict[str, Any]) -> Running:
     from arena.question import Running
 
     names = ("device", "batch_size", "precision", "replay", "retrain", "matrix", "audit", "time_limit")
-    taken = {k: given.pop(k) for k in names}
-    return Running(**{k: v for k, v in taken.items() if (k, v) != ("audit", None)})
+    taken = {k: given.pop(k) for k in (*names, "devices", "engine", "ray_address", "workers")}
+    return Running(**{k: v for k, v in taken.items() if v is not None})
 
 
 def _audit(level: str | None, without: bool) -> str | None:

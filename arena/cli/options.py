@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from arena.errors import ArenaError
+
+if TYPE_CHECKING:
+    from arena.question import Running
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -117,6 +120,67 @@ def resolve(name: str) -> str:
     if int(number or 0) >= there:
         raise ArenaError(f"--device '{name}': this machine has {there} of kind {kind}; use auto or cpu")
     return name
+
+
+def crew(command: Any) -> Any:
+    """Add what lets several devices share the points of a match."""
+    for option in reversed(
+        (
+            click.option(
+                "--devices",
+                metavar="N,N,...",
+                help="Share the points among these CUDA devices: 0,1; or among processes: cpu,cpu. Changes no outcome.",
+            ),
+            click.option(
+                "--engine", type=click.Choice(("local", "ray")), help="ray: on a Ray cluster.  [default: local]"
+            ),
+            click.option(
+                "--ray-address",
+                metavar="ADDRESS",
+                help="Of the cluster; auto: of this machine's.  [default: start one here]",
+            ),
+            click.option(
+                "--workers",
+                type=click.IntRange(1),
+                metavar="N",
+                help="With --engine ray.  [default: one for each GPU, or else for each CPU, of the cluster]",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def settle(running: Running) -> Running:
+    """Turn what is said of devices into those that are there.
+
+    Raises:
+        ArenaError: one is not there, or what is said does not go together.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    from arena.distributed import shared
+
+    if running.engine == "ray":
+        if running.devices:
+            raise ArenaError("--devices names devices of this machine: with --engine ray say --workers")
+        kind = check_device(running.device)
+        if kind not in ("auto", "cpu", "cuda"):
+            raise ArenaError(f"--engine ray --device {kind}: expected auto, cpu or cuda")
+        # The referee works here, where there need not be a GPU.
+        own = resolve("cpu" if kind == "cpu" else "auto")
+        return replace(running, device=own, devices=() if kind == "auto" else (kind,))
+    for name, value in (("--ray-address", running.ray_address), ("--workers", running.workers)):
+        if value is not None:
+            raise ArenaError(f"{name} {value}: only with --engine ray")
+    if not running.devices:
+        return replace(running, device=resolve(running.device))
+    if running.device != "auto":
+        raise ArenaError(f"--devices {','.join(running.devices)} and --device {running.device}: give one of them")
+    devices = shared(running.devices, torch.cuda.device_count())
+    return replace(running, device=devices[0], devices=devices)
 
 
 def time_limit(_: click.Context, __: click.Parameter, value: str | None) -> float | None:

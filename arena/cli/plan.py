@@ -27,14 +27,12 @@ def refuse_with(**given: object) -> None:
 
 def show_plan(question: Question, running: Running) -> None:
     """Print the line-up of a match with the most it can cost; nothing is trained, attacked or written."""
-    from dataclasses import replace
-
     from arena.budget import said
-    from arena.cli.options import resolve
+    from arena.cli.options import settle
     from arena.foresight import foresee
 
     with foreign():
-        seen = foresee(question, replace(running, device=resolve(running.device)), installed())
+        seen = foresee(question, settle(running), installed())
     console, points = out(), seen.bill.points
     console.print(cell(" · ".join(plain(w) for w in (seen.name, *seen.words) if w), style="bold"))
     made = table("entry", "attack", ">forw.", ">backw.", ">passes")

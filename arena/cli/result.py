@@ -349,6 +349,9 @@ def _passes(record: Record) -> str:
         return ""
     seconds = sum(row.get("seconds") or 0.0 for row in record["rosters"])
     words = [f"passes    {seconds / bare:.2f} times their bare cost of {clock(bare)}"]
+    crew = provenance.get("crew")
+    several = f"{len(crew['workers'])} worker{'s' * (len(crew['workers']) != 1)} ({crew['engine']})" if crew else ""
+    words += [several] if several else []
     words += [f"batch {search['batch_size']}"] if search.get("batch_size") else []
     words += [f"{search['folded']} batch norms folded"] if search.get("folded") else []
     words += ["channels last"] if search.get("channels_last") else []

@@ -93,6 +93,23 @@ def test_how_much_is_audited(arena, played, args, level):
     assert running.audit == level
 
 
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ("", ("local", (), None, None)),
+        ("--devices cpu,cpu", ("local", ("cpu", "cpu"), None, None)),
+        ("--engine ray", ("ray", (), None, None)),
+        ("--engine ray --device cpu --workers 3", ("ray", ("cpu",), None, 3)),
+        ("--engine ray --ray-address auto", ("ray", (), "auto", None)),
+    ],
+)
+def test_who_plays(arena, played, args, expected):
+    arena("match", "sat", *args.split())
+    ((_, running),) = played.asked
+    assert (running.engine, running.devices, running.ray_address, running.workers) == expected
+    assert running.device in ("cpu", "cuda")
+
+
 def test_an_audit_and_none(arena, played):
     assert (
         arena("match", "sat", "--audit", "deep", "--no-audit").refusal
@@ -175,6 +192,15 @@ def test_bugs_keep_their_traceback(arena, played):
         ("match sat --batch-size many", "--batch-size 'many': expected auto or a whole number of at least 1"),
         ("match sat --device gpu", "--device 'gpu': expected auto, cpu, cuda, cuda:N or mps"),
         ("match sat --device cuda:99", "--device 'cuda:99': this machine has"),
+        ("match sat --devices 0,x", "--devices '0,x': expected numbers of CUDA devices"),
+        ("match sat --devices 98,99", "--devices '98,99': this machine has"),
+        ("match sat --devices cpu,0", "--devices 'cpu,0': expected numbers of CUDA devices"),
+        ("match sat --devices cpu,cpu --device cpu", "--devices cpu,cpu and --device cpu: give one of them"),
+        ("match sat --devices cpu,cpu --engine ray", "--devices names devices of this machine: with --engine ray"),
+        ("match sat --ray-address auto", "--ray-address auto: only with --engine ray"),
+        ("match sat --engine local --workers 2", "--workers 2: only with --engine ray"),
+        ("match sat --engine ray --device mps", "--engine ray --device mps: expected auto, cpu or cuda"),
+        ("match sat --engine dask", "Invalid value for '--engine': 'dask' is not one of 'local', 'ray'"),
         ("match sat -n many", "Invalid value for '-n': 'many' is not a valid integer"),
         ("match sat --vs pgd(steps=3", "'pgd(steps=3': '(' is never closed (brackets need quotes in a shell)"),
         ("match sat --vs pgd,,fgsm", "'pgd,,fgsm': an entry is empty"),
