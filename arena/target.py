@@ -189,16 +189,17 @@ class Target:
     def _batch(
         self, query: Query, flat: Tensor, y: Tensor, rows: Tensor | None, cut: slice, grad: bool
     ) -> tuple[Tensor | None, ...]:
-        points = flat[cut]
-        count = points.shape[0]
-        index = torch.arange(cut.start, cut.start + count, device=y.device) if rows is None else rows[cut]
-        x = pad(points)
-        query = _rows(query, pad(index), grad)
-        labels = y[pad(index)]
+        count = cut.stop - cut.start
+        if rows is None and count == flat.shape[0] == padded(count):
+            x, labels, part = flat, y, query
+        else:
+            x = pad(flat[cut])
+            index = pad(torch.arange(cut.start, cut.stop, device=y.device) if rows is None else rows[cut])
+            labels, part = y.index_select(0, index), _rows(query, index, grad)
         totals: list[Tensor | None] = [None] * 6
         draws = [query.draws] * 6
         for _ in range(query.draws):
-            _add(totals, self._pass(query, x, labels, grad), count)
+            _add(totals, self._pass(part, x, labels, grad), count)
         if query.surrogate:
             totals[1:3], draws[1:3] = [None, None], [query.looks, query.looks]
             for _ in range(query.looks):
@@ -223,7 +224,7 @@ class Target:
                 if not value.requires_grad:  # the objective does not depend on x: a gradient of exact zeros
                     gradient = torch.zeros_like(leaf)
                 else:
-                    gradient = torch.autograd.grad(value.sum(), leaf)[0].contiguous()
+                    gradient = torch.autograd.grad(value, leaf, torch.ones_like(value))[0].contiguous()
         return value, reading.logits, _errors(reading.logits, y), gradient, scores, gates
 
     def _read(self, x: Tensor, query: Query) -> Reading:
@@ -262,19 +263,22 @@ def out_of_memory(error: BaseException) -> bool:
 def _errors(logits: Tensor, y: Tensor) -> Tensor:
     """Return 1 where the referee would say wrong: another class, or logits that are not finite."""
     logits = logits.detach()
-    return ((logits.argmax(1) != y) | ~torch.isfinite(logits).all(1)).to(logits.dtype)
+    finite = logits.abs().amax(1) < torch.inf  # a maximum over anything that is no number is none either
+    return ((logits.argmax(1) != y) | ~finite).to(logits.dtype)
 
 
 def _add(totals: list[Tensor | None], parts: tuple[Tensor | None, ...], count: int) -> None:
     for k, part in enumerate(parts):
         if part is not None:
-            before = totals[k]
-            totals[k] = part.detach()[:count] if before is None else before + part.detach()[:count]
+            before, seen = totals[k], part.detach()
+            seen = seen if seen.shape[0] == count else seen[:count]
+            totals[k] = seen if before is None else before + seen
 
 
 def _value(query: Query, logits: Tensor, scores: Tensor | None, gates: Tensor | None, y: Tensor) -> Tensor:
-    value = logits.new_zeros(logits.shape[0])
-    if query.objective is not None:
+    if query.objective is None:
+        value = logits.new_zeros(logits.shape[0])
+    else:
         function = objective(query.objective)
         if scores is None or query.weights is None:
             value = function(logits, y, query.target)
@@ -306,7 +310,7 @@ def _gate_cost(term: GateTerm, gates: Tensor) -> Tensor:
 
 def _rows(query: Query, index: Tensor, grad: bool) -> Query:
     def part(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[index]
+        return None if tensor is None else tensor.index_select(0, index)
 
     return replace(
         query,

@@ -25,10 +25,11 @@ def displacement(norm: str, x: Tensor, normal: Tensor, offset: Tensor) -> Tensor
     Returns:
         (N, D). Where no point of the box reaches the hyperplane, the way to the box's corner nearest to it.
     """
-    way = torch.where((offset < 0).unsqueeze(1), -normal, normal)
+    # selections by arithmetic where that is exact: a branch a pixel costs more than all else here but the sort
+    way = normal * (1 - 2 * (offset < 0).to(normal.dtype)).unsqueeze(1)
     need = offset.abs().unsqueeze(1)
     steep = way.abs()
-    room = torch.where(way > 0, 1 - x, x).clamp_min(0)
+    room = ((way > 0).to(x.dtype) - x).abs()
     if norm == "Linf":
         slope, meets = steep, room
     else:
@@ -38,7 +39,7 @@ def displacement(norm: str, x: Tensor, normal: Tensor, offset: Tensor) -> Tensor
     full = (steep * room).gather(1, order).cumsum(1)
     ordered = slope.gather(1, order)
     free = (ordered.flip(1).cumsum(1).flip(1) - ordered).clamp_min(0)
-    gain = full + free * torch.where(free > 0, meets, 0.0)
+    gain = full + free * meets.clamp_max(torch.finfo(meets.dtype).max)  # where they meet at infinity none is free
     # the first meeting point that gains enough; before it, the gain is a line
     k = (gain < need).sum(1, keepdim=True)
     reachable = k < x.shape[1]
