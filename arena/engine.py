@@ -175,9 +175,7 @@ def run_iterated(
     outcome = Outcome.empty(x)
     place = {int(i): k for k, i in enumerate(index.tolist())}
     finished, state, outcome.moved = keeper.restore()
-    for i, row in finished.items():
-        if i in place:
-            _file(outcome, place[i], row)
+    _file(outcome, place, finished)
     if state is not None:
         state = {k: v.to(x.device) for k, v in state.items()}
         live = torch.tensor([i in place and i not in finished for i in state["index"].tolist()], dtype=torch.bool)
@@ -212,8 +210,7 @@ def run_iterated(
             leaving = state["done"]
             if bool(leaving.any()):
                 rows_done = _finish(state, leaving)
-                for i, row in rows_done.items():
-                    _file(outcome, place[i], row)
+                _file(outcome, place, rows_done)
                 keeper.finished(rows_done, outcome.moved)
                 done += len(rows_done)
                 state = _keep(state, ~leaving) if len(rows_done) < len(leaving) else None
@@ -275,12 +272,17 @@ def _finish(state: State, leaving: Tensor) -> dict[int, Row]:
     return {i: (best[k], f, b, c, s) for k, (i, f, b, c, s) in enumerate(numbers)}
 
 
-def _file(outcome: Outcome, k: int, row: Row) -> None:
-    x_adv, forwards, backwards, claim, seen = row
-    outcome.x_adv[k] = x_adv
+def _file(outcome: Outcome, place: dict[int, int], rows: dict[int, Row]) -> None:
+    """Enter rows by data-set index, those of which the outcome has a place."""
+    found = [(place[i], *row) for i, row in rows.items() if i in place]
+    if not found:
+        return
+    places, x_adv, *numbers = zip(*found, strict=True)
+    k = torch.tensor(places)
+    outcome.x_adv[k.to(outcome.x_adv.device)] = torch.stack(x_adv).to(outcome.x_adv)
     outcome.attempted[k] = True
-    outcome.forwards[k], outcome.backwards[k], outcome.claim[k] = forwards, backwards, claim
-    outcome.seen[k] = bool(seen)
+    for kept, row in zip((outcome.forwards, outcome.backwards, outcome.claim, outcome.seen), numbers, strict=True):
+        kept[k] = torch.tensor(row).to(kept.dtype)
 
 
 def run_plain(
@@ -307,9 +309,7 @@ def run_plain(
     outcome = Outcome.empty(x)
     place = {int(i): k for k, i in enumerate(index.tolist())}
     finished, _, outcome.moved = keeper.restore()
-    for i, row in finished.items():
-        if i in place:
-            _file(outcome, place[i], row)
+    _file(outcome, place, finished)
     waiting = [k for i, k in place.items() if i not in finished]
     done = len(finished)
     for start in range(0, len(waiting), chunk):
@@ -346,7 +346,7 @@ def run_plain(
             cost = [s // len(rows) + (j < s % len(rows)) for s in spent]
             claim = -1 if claims is None else int(bool(claims[j]))
             taken[int(index[k])] = (x_adv[j], cost[0], cost[1], claim, 0)
-            _file(outcome, k, taken[int(index[k])])
+        _file(outcome, place, taken)
         keeper.finished(taken, outcome.moved)
         keeper.snapshot(None, outcome.moved)
         done += len(rows)

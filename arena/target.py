@@ -143,7 +143,8 @@ class Target:
                 full = False
             if full:  # outside the handler, where nothing holds the failed pass any more
                 self.shrink()
-        values, logits, errors, grads, scores, gates = (_joined([p[k] for p in parts]) for k in range(6))
+        whole = parts[0] if len(parts) == 1 else tuple(_joined([p[k] for p in parts]) for k in range(6))
+        values, logits, errors, grads, scores, gates = whole
         assert values is not None
         assert logits is not None
         assert errors is not None
@@ -190,11 +191,13 @@ class Target:
         self, query: Query, flat: Tensor, y: Tensor, rows: Tensor | None, cut: slice, grad: bool
     ) -> tuple[Tensor | None, ...]:
         count = cut.stop - cut.start
-        if rows is None and count == flat.shape[0] == padded(count):
+        size = padded(count)
+        if rows is None and count == size == flat.shape[0]:
             x, labels, part = flat, y, query
-        else:
-            x = pad(flat[cut])
-            index = pad(torch.arange(cut.start, cut.stop, device=y.device) if rows is None else rows[cut])
+        else:  # the last row is repeated
+            index = torch.arange(cut.start, cut.start + size, device=y.device).clamp_(max=cut.stop - 1)
+            x = flat[cut] if count == size else flat.index_select(0, index)
+            index = index if rows is None else rows.index_select(0, index)
             labels, part = y.index_select(0, index), _rows(query, index, grad)
         totals: list[Tensor | None] = [None] * 6
         draws = [query.draws] * 6
@@ -209,7 +212,7 @@ class Target:
         # Counted last: a batch that the memory does not hold is asked again.
         self.meter.forwards += query.forwards // query.points.shape[1] * count
         self.meter.backwards += count * query.draws * grad
-        return tuple(t / n if t is not None and n > 1 else t for t, n in zip(totals, draws, strict=True))
+        return tuple(t / n if n > 1 and t is not None else t for t, n in zip(totals, draws, strict=True))
 
     def _pass(self, query: Query, x: Tensor, y: Tensor, grad: bool) -> tuple[Tensor | None, ...]:
         """Return values, logits, errors, gradient, scores and gates of one pass: the surrogate's, if there is one."""
@@ -225,7 +228,11 @@ class Target:
                     gradient = torch.zeros_like(leaf)
                 else:
                     gradient = torch.autograd.grad(value, leaf, torch.ones_like(value))[0].contiguous()
-        return value, reading.logits, _errors(reading.logits, y), gradient, scores, gates
+        logits = reading.logits
+        if grad:
+            value, logits = value.detach(), logits.detach()
+            scores, gates = (None if t is None else t.detach() for t in (scores, gates))
+        return value, logits, _errors(logits, y), gradient, scores, gates
 
     def _read(self, x: Tensor, query: Query) -> Reading:
         source = query.surrogate.source if query.surrogate else ""
@@ -262,16 +269,15 @@ def out_of_memory(error: BaseException) -> bool:
 
 def _errors(logits: Tensor, y: Tensor) -> Tensor:
     """Return 1 where the referee would say wrong: another class, or logits that are not finite."""
-    logits = logits.detach()
     finite = logits.abs().amax(1) < torch.inf  # a maximum over anything that is no number is none either
     return ((logits.argmax(1) != y) | ~finite).to(logits.dtype)
 
 
 def _add(totals: list[Tensor | None], parts: tuple[Tensor | None, ...], count: int) -> None:
+    """Add the first ``count`` rows of what a pass showed; the others were padding."""
     for k, part in enumerate(parts):
         if part is not None:
-            before, seen = totals[k], part.detach()
-            seen = seen if seen.shape[0] == count else seen[:count]
+            before, seen = totals[k], part if part.shape[0] == count else part[:count]
             totals[k] = seen if before is None else before + seen
 
 

@@ -81,19 +81,16 @@ class Square:
         off = torch.zeros(n, dtype=torch.bool, device=x.device)
         channels, height, width = self.setup.shape
         if self.l2:
-            block = {"draws": torch.zeros(n, BLOCK, self.words, dtype=torch.int64, device=x.device)}
+            block = torch.zeros(n, BLOCK, self.words, dtype=torch.int64, device=x.device)
         else:
-            block = {
-                "down": torch.zeros(n, BLOCK, height, dtype=torch.int8, device=x.device),
-                "along": torch.zeros(n, BLOCK, channels * width, dtype=torch.int8, device=x.device),
-            }
+            block = torch.zeros(n, BLOCK, height + channels * width, dtype=torch.int8, device=x.device)
         return {
             "point": self._stripes(index, 0, x),
             "held": x.clone(),  # best of this restart
             "value": torch.full((n,), -torch.inf, device=x.device),
             "step": torch.zeros_like(y),
             "restart": torch.zeros_like(y),
-            **block,  # the next proposals, as `_draw` makes them
+            "squares" if not self.l2 else "draws": block,  # the next proposals, as `_draw` makes them
             "drawn": torch.full_like(y, BLOCK),  # proposals taken from the block
             "best": x.clone(),
             "top": torch.full((n,), -torch.inf, device=x.device),
@@ -113,16 +110,21 @@ class Square:
         new["held"] = point.where(rows(better, point), state["held"])
         new["value"] = value.where(better, state["value"])
         ended = state["step"] >= self.queries
-        if ended.any() or broken.any():
+        over = bool((ended | broken).any())
+        if over:
             self._close(new, broken, ended)
         else:
             new["step"] = state["step"] + 1
-        fresh = new["step"] == 0  # rows that have just begun a restart keep their stripes
         if (new["drawn"] >= BLOCK).any():
             self._draw(new)
         proposal = self._l2(new) if self.l2 else self._linf(new)
-        new["drawn"] = new["drawn"] + ~fresh
-        new["point"] = new["point"].where(rows(fresh, point), proposal) if ended.any() else proposal
+        if over:
+            fresh = new["step"] == 0  # rows that have just begun a restart keep their stripes
+            new["drawn"] = new["drawn"] + ~fresh
+            new["point"] = new["point"].where(rows(fresh, point), proposal)
+        else:
+            new["drawn"] = new["drawn"] + 1
+            new["point"] = proposal
         return new
 
     def _close(self, new: State, broken: Tensor, ended: Tensor) -> None:
@@ -154,8 +156,8 @@ class Square:
             size = self.sides[(steps.flatten() - 1).clamp_max(len(self.sides) - 1)]
             down, along = self._spans(*self._corner(words, size), size)
             signs = (self._coins(words)[:, :-1] * (2 * BEYOND) - BEYOND).to(torch.int8)
-            new["down"] = down.view(n, BLOCK, -1).to(torch.int8)
-            new["along"] = (along.unsqueeze(1) * signs.unsqueeze(2)).view(n, BLOCK, -1)
+            along = (along.unsqueeze(1) * signs.unsqueeze(2)).flatten(1)
+            new["squares"] = torch.cat((down.to(torch.int8), along), 1).view(n, BLOCK, -1)
         new["drawn"] = torch.zeros_like(new["drawn"])
 
     def _taken(self, new: State) -> tuple[Tensor, Tensor]:
@@ -198,8 +200,8 @@ class Square:
         Projecting what was pushed beyond does that, and leaves the other pixels, which are in ball and box, as they are.
         """
         channels, height, width = self.setup.shape
-        down = self._next(new, "down").view(-1, 1, height, 1).to(torch.float32)
-        along = self._next(new, "along").view(-1, channels, 1, width).to(torch.float32)
+        square = self._next(new, "squares").to(torch.float32)
+        down, along = square[:, :height].view(-1, 1, height, 1), square[:, height:].view(-1, channels, 1, width)
         return self.setup.threat.project(new["x"], torch.addcmul(new["held"], down, along))
 
     def _l2(self, new: State) -> Tensor:
