@@ -5,8 +5,23 @@ Croce & Hein 2020 (arXiv 1907.02044), section 3.1.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+
+def ascending(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort each row of (N, D) float32, not negative, and return (sorted, positions); equal values stay in their order.
+
+    On a CPU as whole numbers, the value's bits above its position: numpy sorts those with vector instructions, many
+    times faster than torch sorts pairs.
+    """
+    if values.device.type != "cpu":
+        return values.sort(dim=1, stable=True)
+    keys = (values.view(torch.int32).to(torch.int64) << 32).bitwise_or_(torch.arange(values.shape[1]))
+    keys.numpy().sort(axis=1)
+    order = keys.bitwise_and_(0xFFFFFFFF)
+    return values.gather(1, order), order
 
 
 def displacement(norm: str, x: Tensor, normal: Tensor, offset: Tensor) -> Tensor:
@@ -34,7 +49,7 @@ def displacement(norm: str, x: Tensor, normal: Tensor, offset: Tensor) -> Tensor
         slope, meets = steep, room
     else:
         slope, meets = steep.square(), torch.where(steep > 0, room / steep.clamp_min(1e-30), torch.inf)
-    meets, order = meets.sort(dim=1)
+    meets, order = ascending(meets)
     # gain at the k-th meeting point: pixels that met the box gave all they have, the others their slope times t
     full = (steep * room).gather(1, order).cumsum(1)
     ordered = slope.gather(1, order)
