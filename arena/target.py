@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arena.attack import Answer, GateTerm, Query
+from arena.heap import keep_freed_memory
 from arena.objectives import objective
 from arena.surface import Reader, Reading, Surface, selects
 from arena.surrogate import posing
@@ -64,6 +65,7 @@ class Target:
     """``fp32``, or ``bf16``: passes under autocast; what is read of them is brought to fp32."""
 
     def __post_init__(self) -> None:
+        keep_freed_memory()
         self.batch_size = padded(self.batch_size)
         self.model.eval().requires_grad_(False)
         self._reader = Reader(self.model, self.surface)
