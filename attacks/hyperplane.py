@@ -5,7 +5,6 @@ Croce & Hein 2020 (arXiv 1907.02044), section 3.1.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 

@@ -197,7 +197,7 @@ class Square:
     def _linf(self, new: State) -> Tensor:
         """Put pixels of the square at the ball's or the box's edge, by the sign of their channel.
 
-        Projecting what was pushed beyond does that, and leaves the other pixels, which are in ball and box, as they are.
+        Projecting what was pushed beyond does that, and leaves the others, which are in ball and box, as they are.
         """
         channels, height, width = self.setup.shape
         square = self._next(new, "squares").to(torch.float32)
