@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -63,13 +63,17 @@ class Outcome:
         claim = torch.full((len(x),), -1, dtype=torch.int8)
         return cls(x.clone(), zeros.bool(), zeros.clone(), zeros.clone(), claim, zeros.bool())
 
-    def enter(self, k: int, row: Row) -> None:
-        """Put in a finished row at position ``k``."""
-        x_adv, forwards, backwards, claim, seen = row
-        self.x_adv[k] = x_adv
+    def enter(self, place: Mapping[int, int], rows: Mapping[int, Row]) -> None:
+        """Put in finished rows by data-set index, those that ``place`` gives a position."""
+        found = [(place[i], *row) for i, row in rows.items() if i in place]
+        if not found:
+            return
+        places, x_adv, *numbers = zip(*found, strict=True)
+        k = torch.tensor(places)
+        self.x_adv[k.to(self.x_adv.device)] = torch.stack(x_adv).to(self.x_adv)
         self.attempted[k] = True
-        self.forwards[k], self.backwards[k], self.claim[k] = forwards, backwards, claim
-        self.seen[k] = bool(seen)
+        for kept, row in zip((self.forwards, self.backwards, self.claim, self.seen), numbers, strict=True):
+            kept[k] = torch.tensor(row).to(kept.dtype)
 
     def claimed(self, target: Target, y: Tensor) -> Tensor:
         """Return which finished rows the search took for broken, (N,) bool: they left early, were seen or say so still.
@@ -183,9 +187,7 @@ def run_iterated(
     outcome = Outcome.empty(x)
     place = {int(i): k for k, i in enumerate(index.tolist())}
     finished, state, outcome.moved = keeper.restore()
-    for i, row in finished.items():
-        if i in place:
-            outcome.enter(place[i], row)
+    outcome.enter(place, finished)
     if state is not None:
         state = {k: v.to(x.device) for k, v in state.items()}
         live = torch.tensor([i in place and i not in finished for i in state["index"].tolist()], dtype=torch.bool)
@@ -220,8 +222,7 @@ def run_iterated(
             leaving = state["done"]
             if bool(leaving.any()):
                 rows_done = _finish(state, leaving)
-                for i, row in rows_done.items():
-                    outcome.enter(place[i], row)
+                outcome.enter(place, rows_done)
                 keeper.finished(rows_done, outcome.moved)
                 done += len(rows_done)
                 state = _keep(state, ~leaving) if len(rows_done) < len(leaving) else None
@@ -307,9 +308,7 @@ def run_plain(
     outcome = Outcome.empty(x)
     place = {int(i): k for k, i in enumerate(index.tolist())}
     finished, _, outcome.moved = keeper.restore()
-    for i, row in finished.items():
-        if i in place:
-            outcome.enter(place[i], row)
+    outcome.enter(place, finished)
     waiting = [k for i, k in place.items() if i not in finished]
     done = len(finished)
     for start in range(0, len(waiting), chunk):
@@ -346,7 +345,7 @@ def run_plain(
             cost = [s // len(rows) + (j < s % len(rows)) for s in spent]
             claim = -1 if claims is None else int(bool(claims[j]))
             taken[int(index[k])] = (x_adv[j], cost[0], cost[1], claim, 0)
-            outcome.enter(k, taken[int(index[k])])
+        outcome.enter(place, taken)
         keeper.finished(taken, outcome.moved)
         keeper.snapshot(None, outcome.moved)
         done += len(rows)

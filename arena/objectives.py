@@ -97,8 +97,7 @@ def top_two(scores: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
 
 def best_other(scores: Tensor, y: Tensor) -> Tensor:
     """Largest score among the wrong classes, (M,)."""
-    hidden = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, y.view(-1, 1), True)
-    return scores.masked_fill(hidden, -torch.inf).amax(1)
+    return scores.scatter(1, y.view(-1, 1), -torch.inf).amax(1)
 
 
 def _spread(scores: Tensor) -> Tensor:

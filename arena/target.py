@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arena.attack import Answer, GateTerm, Query
+from arena.heap import keep_freed_memory
 from arena.objectives import objective
 from arena.surface import Reader, Reading, Surface, selects
 from arena.surrogate import posing
@@ -66,6 +67,7 @@ class Target:
     """``fp32``, or ``bf16``: passes under autocast; what is read of them is brought to fp32."""
 
     def __post_init__(self) -> None:
+        keep_freed_memory()
         self.batch_size = padded(self.batch_size)
         self.model.eval().requires_grad_(False)
         self._reader = Reader(self.model, self.surface)
@@ -145,7 +147,8 @@ class Target:
                 full = False
             if full:  # outside the handler, where nothing holds the failed pass any more
                 self.shrink()
-        values, logits, errors, grads, scores, gates = (_joined([p[k] for p in parts]) for k in range(6))
+        whole = parts[0] if len(parts) == 1 else tuple(_joined([p[k] for p in parts]) for k in range(6))
+        values, logits, errors, grads, scores, gates = whole
         assert values is not None
         assert logits is not None
         assert errors is not None
@@ -191,16 +194,19 @@ class Target:
     def _batch(
         self, query: Query, flat: Tensor, y: Tensor, rows: Tensor | None, cut: slice, grad: bool
     ) -> tuple[Tensor | None, ...]:
-        points = flat[cut]
-        count = points.shape[0]
-        index = torch.arange(cut.start, cut.start + count, device=y.device) if rows is None else rows[cut]
-        x = pad(points)
-        query = _rows(query, pad(index), grad)
-        labels = y[pad(index)]
+        count = cut.stop - cut.start
+        size = padded(count)
+        if rows is None and count == size == flat.shape[0]:
+            x, labels, part = flat, y, query
+        else:  # the last row is repeated
+            index = torch.arange(cut.start, cut.start + size, device=y.device).clamp_(max=cut.stop - 1)
+            x = flat[cut] if count == size else flat.index_select(0, index)
+            index = index if rows is None else rows.index_select(0, index)
+            labels, part = y.index_select(0, index), _rows(query, index, grad)
         totals: list[Tensor | None] = [None] * 6
         draws = [query.draws] * 6
         for _ in range(query.draws):
-            _add(totals, self._pass(query, x, labels, grad), count)
+            _add(totals, self._pass(part, x, labels, grad), count)
         if query.surrogate:
             totals[1:3], draws[1:3] = [None, None], [query.looks, query.looks]
             for _ in range(query.looks):
@@ -210,7 +216,7 @@ class Target:
         # Counted last: a batch that the memory does not hold is asked again.
         self.meter.forwards += query.forwards // query.points.shape[1] * count
         self.meter.backwards += count * query.draws * grad
-        return tuple(t / n if t is not None and n > 1 else t for t, n in zip(totals, draws, strict=True))
+        return tuple(t / n if n > 1 and t is not None else t for t, n in zip(totals, draws, strict=True))
 
     def _pass(self, query: Query, x: Tensor, y: Tensor, grad: bool) -> tuple[Tensor | None, ...]:
         """Return values, logits, errors, gradient, scores and gates of one pass: the surrogate's, if there is one."""
@@ -225,8 +231,12 @@ class Target:
                 if not value.requires_grad:  # the objective does not depend on x: a gradient of exact zeros
                     gradient = torch.zeros_like(leaf)
                 else:
-                    gradient = torch.autograd.grad(value.sum(), leaf)[0].contiguous()
-        return value, reading.logits, _errors(reading.logits, y), gradient, scores, gates
+                    gradient = torch.autograd.grad(value, leaf, torch.ones_like(value))[0].contiguous()
+        logits = reading.logits
+        if grad:
+            value, logits = value.detach(), logits.detach()
+            scores, gates = (None if t is None else t.detach() for t in (scores, gates))
+        return value, logits, _errors(logits, y), gradient, scores, gates
 
     def _read(self, x: Tensor, query: Query) -> Reading:
         source = query.surrogate.source if query.surrogate else ""
@@ -263,20 +273,22 @@ def out_of_memory(error: BaseException) -> bool:
 
 def _errors(logits: Tensor, y: Tensor) -> Tensor:
     """Return 1 where the referee would say wrong: another class, or logits that are not finite."""
-    logits = logits.detach()
-    return ((logits.argmax(1) != y) | ~torch.isfinite(logits).all(1)).to(logits.dtype)
+    finite = logits.abs().amax(1) < torch.inf  # a maximum over anything that is no number is none either
+    return ((logits.argmax(1) != y) | ~finite).to(logits.dtype)
 
 
 def _add(totals: list[Tensor | None], parts: tuple[Tensor | None, ...], count: int) -> None:
+    """Add the first ``count`` rows of what a pass showed; the others were padding."""
     for k, part in enumerate(parts):
         if part is not None:
-            before = totals[k]
-            totals[k] = part.detach()[:count] if before is None else before + part.detach()[:count]
+            before, seen = totals[k], part if part.shape[0] == count else part[:count]
+            totals[k] = seen if before is None else before + seen
 
 
 def _value(query: Query, logits: Tensor, scores: Tensor | None, gates: Tensor | None, y: Tensor) -> Tensor:
-    value = logits.new_zeros(logits.shape[0])
-    if query.objective is not None:
+    if query.objective is None:
+        value = logits.new_zeros(logits.shape[0])
+    else:
         function = objective(query.objective)
         if scores is None or query.weights is None:
             value = function(logits, y, query.target)
@@ -308,7 +320,7 @@ def _gate_cost(term: GateTerm, gates: Tensor) -> Tensor:
 
 def _rows(query: Query, index: Tensor, grad: bool) -> Query:
     def part(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[index]
+        return None if tensor is None else tensor.index_select(0, index)
 
     return replace(
         query,

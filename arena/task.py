@@ -168,8 +168,7 @@ class Task:
         outcome = Outcome.empty(self.x)
         place = {i: k for k, i in enumerate(self.numbers)}
         for rows in (self.restored, *(p.rows for p in self.pieces)):
-            for i, row in rows.items():
-                outcome.enter(place[i], row)
+            outcome.enter(place, rows)
         outcome.moved = self.moved
         outcome.malformed, outcome.most = self.malformed or None, self.most
         outcome.error, outcome.trace = self.error, self.trace

@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from arena.errors import ArenaError, unknown
@@ -64,12 +65,12 @@ class Threat:
             raise ArenaError(f"eps '{eps}': L0 counts changed values, expected a whole number")
         return cls(norm, text)
 
-    @property
+    @cached_property
     def fraction(self) -> Fraction:
         """The exact radius."""
         return Fraction(self.eps)
 
-    @property
+    @cached_property
     def radius(self) -> float:
         """The radius as a float."""
         return float(self.fraction)
@@ -115,7 +116,7 @@ class Threat:
         """
         if self.norm == "Linf":
             r = self.radius
-            return x_adv.clamp(x - r, x + r).clamp(0, 1)
+            return x_adv.clamp(x - r, x + r).clamp_(0, 1)
         if self.norm == "L1" or (self.norm == "L2" and self.radius < FINE_L2):
             return self._project_finely(x, x_adv)
         return (x + self.shrink(x_adv - x)).clamp(0, 1)

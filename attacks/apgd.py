@@ -11,7 +11,7 @@ from torch import Tensor
 
 from arena.attack import Answer, Query, Setup, State
 
-from .steps import ascend, one_hot, ranked, rows, spread, surface_start, wrong
+from .steps import ascend, one_hot, ranked, rows, some, spread, surface_start, wrong
 
 MOMENTUM = 0.75
 #: First step as a multiple of eps.
@@ -117,13 +117,15 @@ class Apgd:
         peak_value = value.where(better, state["peak_value"])
         rises = state["rises"] + ((value > state["last_value"]) & ~first)
         size, halved, checked = state["size"], state["halved"], state["checked_value"]
-        checked = peak_value.where(first, checked)
+        begun = some(first)
+        if begun:
+            checked = peak_value.where(first, checked)
 
         here, from_grad = point, grad
         self.limit = self.limit.to(point.device)
         limit = self.limit[step]
         due = limit >= 0
-        if due.any():
+        if some(due):
             # algorithm 1, conditions 1 and 2: too few rises, or no new best since a checkpoint that did not halve
             stalled = (rises <= limit) | (~halved & (checked >= peak_value))
             stalled &= due
@@ -136,7 +138,9 @@ class Apgd:
         threat, x = self.setup.threat, state["x"]
         ahead = threat.project(x, ascend(threat, here, from_grad, rows(size, point)))
         drift = here + (ahead - here) * MOMENTUM + (here - state["before"]) * (1 - MOMENTUM)
-        moved = ahead.where(rows(first, point), threat.project(x, drift))
+        moved = threat.project(x, drift)
+        if begun:
+            moved = ahead.where(rows(first, point), moved)
 
         new = {
             **state,

@@ -12,7 +12,7 @@ from torch import Tensor
 from arena.attack import Answer, Query, Setup, State
 
 from .hyperplane import displacement
-from .steps import TINY, lengths, ranked, rows, wrong
+from .steps import TINY, lengths, ranked, rows, some, wrong
 
 
 class Fab:
@@ -57,10 +57,11 @@ class Fab:
         """Step to the boundary (phase 0); keep what is misclassified and nearer, and step back (phase 1)."""
         new = dict(state)
         scoring = state["scoring"]
+        scored = some(scoring)
         if answer.grad is not None:
             moved = self._to_boundary(state, answer.values[:, 0], answer.grad[:, 0])
-            new["point"] = state["point"].where(rows(scoring, moved), moved)
-        if scoring.any():
+            new["point"] = state["point"].where(rows(scoring, moved), moved) if scored else moved
+        if scored:
             self._score(new, state, answer, scoring)
         new["scoring"] = ~scoring
         return new

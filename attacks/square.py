@@ -19,6 +19,8 @@ from .steps import lengths, rows, wrong
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 #: Proposals whose random numbers are drawn at once: drawing them one by one would cost more than a small model.
 BLOCK = 64
+#: Added to a pixel, or taken from it, before projection: further than any ball and any box reaches.
+BEYOND = 4
 
 
 def side(query: int, p_init: float, height: int, width: int, smallest: int = 1) -> int:
@@ -60,6 +62,7 @@ class Square:
         self.queries = queries
         self.restarts = restarts
         self.l2 = setup.threat.norm == "L2"
+        self.words = 3 + -(-(setup.shape[0] + 1) // 32)  # random words a proposal
         _, height, width = setup.shape
         plan = [side(q, p_init, height, width, 3 if self.l2 else 1) for q in range(queries)]
         self.sides = torch.tensor(plan or [1])
@@ -76,15 +79,19 @@ class Square:
         """Begin rows with vertical stripes (Linf) or a tiling of bumps (L2)."""
         n = x.shape[0]
         off = torch.zeros(n, dtype=torch.bool, device=x.device)
-        words = 3 + -(-(self.setup.shape[0] + 1) // 32)
+        channels, height, width = self.setup.shape
+        if self.l2:
+            block = torch.zeros(n, BLOCK, self.words, dtype=torch.int64, device=x.device)
+        else:
+            block = torch.zeros(n, BLOCK, height + channels * width, dtype=torch.int8, device=x.device)
         return {
             "point": self._stripes(index, 0, x),
             "held": x.clone(),  # best of this restart
             "value": torch.full((n,), -torch.inf, device=x.device),
             "step": torch.zeros_like(y),
             "restart": torch.zeros_like(y),
-            "draws": torch.zeros(n, BLOCK, words, dtype=torch.int64, device=x.device),
-            "drawn": torch.full_like(y, BLOCK),  # proposals taken from `draws`
+            "squares" if not self.l2 else "draws": block,  # the next proposals, as `_draw` makes them
+            "drawn": torch.full_like(y, BLOCK),  # proposals taken from the block
             "best": x.clone(),
             "top": torch.full((n,), -torch.inf, device=x.device),
             "done": off,
@@ -103,16 +110,21 @@ class Square:
         new["held"] = point.where(rows(better, point), state["held"])
         new["value"] = value.where(better, state["value"])
         ended = state["step"] >= self.queries
-        if ended.any() or broken.any():
+        over = bool((ended | broken).any())
+        if over:
             self._close(new, broken, ended)
         else:
             new["step"] = state["step"] + 1
-        fresh = new["step"] == 0  # rows that have just begun a restart keep their stripes
         if (new["drawn"] >= BLOCK).any():
             self._draw(new)
         proposal = self._l2(new) if self.l2 else self._linf(new)
-        new["drawn"] = new["drawn"] + ~fresh
-        new["point"] = new["point"].where(rows(fresh, point), proposal) if ended.any() else proposal
+        if over:
+            fresh = new["step"] == 0  # rows that have just begun a restart keep their stripes
+            new["drawn"] = new["drawn"] + ~fresh
+            new["point"] = new["point"].where(rows(fresh, point), proposal)
+        else:
+            new["drawn"] = new["drawn"] + 1
+            new["point"] = proposal
         return new
 
     def _close(self, new: State, broken: Tensor, ended: Tensor) -> None:
@@ -133,31 +145,48 @@ class Square:
 
     def _draw(self, new: State) -> None:
         """Draw the next BLOCK proposals of all rows: numbers are keyed by step, so drawing early changes none."""
-        n, block, words = new["draws"].shape
-        steps = new["step"].clamp_min(1).unsqueeze(1) + torch.arange(block, device=new["step"].device)
-        index, restart = (new[key].repeat_interleave(block) for key in ("index", "restart"))
-        new["draws"] = self.setup.stream.bits(index, restart, steps.flatten(), words).view(n, block, words)
+        n = new["step"].shape[0]
+        steps = new["step"].clamp_min(1).unsqueeze(1) + torch.arange(BLOCK, device=new["step"].device)
+        index, restart = (new[key].repeat_interleave(BLOCK) for key in ("index", "restart"))
+        words = self.setup.stream.bits(index, restart, steps.flatten(), self.words)
+        if self.l2:
+            new["draws"] = words.view(n, BLOCK, self.words)
+        else:
+            self.sides = self.sides.to(words.device)
+            size = self.sides[(steps.flatten() - 1).clamp_max(len(self.sides) - 1)]
+            down, along = self._spans(*self._corner(words, size), size)
+            signs = (self._coins(words)[:, :-1] * (2 * BEYOND) - BEYOND).to(torch.int8)
+            along = (along.unsqueeze(1) * signs.unsqueeze(2)).flatten(1)
+            new["squares"] = torch.cat((down.to(torch.int8), along), 1).view(n, BLOCK, -1)
         new["drawn"] = torch.zeros_like(new["drawn"])
 
     def _taken(self, new: State) -> tuple[Tensor, Tensor]:
         """Return this proposal's random words (N, words) and its side (N,)."""
-        n = new["drawn"].shape[0]
-        words = new["draws"][torch.arange(n, device=new["drawn"].device), new["drawn"].clamp_max(BLOCK - 1)]
-        self.sides = self.sides.to(words.device)
-        return words, self.sides[(new["step"] - 1).clamp(0, len(self.sides) - 1)]
+        self.sides = self.sides.to(new["step"].device)
+        return self._next(new, "draws"), self.sides[(new["step"] - 1).clamp(0, len(self.sides) - 1)]
+
+    def _next(self, new: State, key: str) -> Tensor:
+        """Return what a block (N, BLOCK, ...) holds for each row's next proposal, (N, ...)."""
+        drawn = new["drawn"]
+        at = torch.arange(0, len(drawn) * BLOCK, BLOCK, device=drawn.device) + drawn
+        return new[key].flatten(0, 1).index_select(0, at)
 
     def _corner(self, words: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         """Place squares of ``size`` (N,) uniformly by two words each; the last row and column are reached too."""
         _, height, width = self.setup.shape
         return (words[:, 0] * (height - size + 1)) >> 32, (words[:, 1] * (width - size + 1)) >> 32
 
-    def _window(self, top: Tensor, left: Tensor, size: Tensor) -> Tensor:
-        """Mask of the squares, bool (N, 1, H, W)."""
+    def _spans(self, top: Tensor, left: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """Tell which pixel rows, bool (N, H), and which columns, (N, W), squares lie on."""
         _, height, width = self.setup.shape
         down = torch.arange(height, device=top.device) - top.unsqueeze(1)
         along = torch.arange(width, device=top.device) - left.unsqueeze(1)
         size = size.unsqueeze(1)
-        down, along = (down >= 0) & (down < size), (along >= 0) & (along < size)
+        return (down >= 0) & (down < size), (along >= 0) & (along < size)
+
+    def _window(self, top: Tensor, left: Tensor, size: Tensor) -> Tensor:
+        """Mask of the squares, bool (N, 1, H, W)."""
+        down, along = self._spans(top, left, size)
         return (down.unsqueeze(2) & along.unsqueeze(1)).unsqueeze(1)
 
     def _coins(self, words: Tensor) -> Tensor:
@@ -166,10 +195,14 @@ class Square:
         return (words[:, 3 + k // 32] >> (k % 32)) & 1
 
     def _linf(self, new: State) -> Tensor:
-        words, size = self._taken(new)
-        signs = (self._coins(words)[:, :-1] * 2 - 1).to(torch.float32)
-        patch = (new["x"] + (signs * self.setup.threat.radius)[:, :, None, None]).clamp(0, 1)
-        return patch.where(self._window(*self._corner(words, size), size), new["held"])
+        """Put pixels of the square at the ball's or the box's edge, by the sign of their channel.
+
+        Projecting what was pushed beyond does that, and leaves the others, which are in ball and box, as they are.
+        """
+        channels, height, width = self.setup.shape
+        square = self._next(new, "squares").to(torch.float32)
+        down, along = square[:, :height].view(-1, 1, height, 1), square[:, height:].view(-1, channels, 1, width)
+        return self.setup.threat.project(new["x"], torch.addcmul(new["held"], down, along))
 
     def _l2(self, new: State) -> Tensor:
         """Algorithm 3: empty one square, and spend its share of the ball, and what is unused, in another."""

@@ -51,6 +51,11 @@ def rows(mask: Tensor, like: Tensor) -> Tensor:
     return mask.view(-1, *(1,) * (like.dim() - 1))
 
 
+def some(mask: Tensor) -> bool:
+    """Tell whether a mask (N,) means any row. On a GPU always: to wait for the answer costs more than to go on."""
+    return mask.is_cuda or bool(mask.any())
+
+
 def lengths(flat: Tensor) -> Tensor:
     """L2 norm of each row of (N, D), shape (N, 1); vector_norm is equal for one row and for many."""
     return torch.linalg.vector_norm(flat, dim=1, keepdim=True)

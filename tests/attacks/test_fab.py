@@ -1,6 +1,6 @@
 import pytest
 import torch
-from arena_attacks.hyperplane import displacement
+from arena_attacks.hyperplane import ascending, displacement
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog, minimize
@@ -132,3 +132,13 @@ def test_restarts_begin_elsewhere_and_cost_a_run_each(fight, models):
     assert (again != f.x).flatten(1).any(1).all()
     assert torch.equal(f.attack._begin(state, torch.full_like(f.y, 3)), f.x)
     assert torch.allclose(f.threat.distance(f.x, again), torch.tensor(0.0005, dtype=torch.float64), rtol=0.02)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 70), st.integers(1, 40))
+def test_sorting_keeps_equal_values_in_their_order(seed, d, levels):
+    values = torch.randint(0, levels, (5, d), generator=torch.Generator().manual_seed(seed)) / levels
+    values[:, :: d // 3 + 1] = torch.inf
+    found, expected = ascending(values), values.sort(dim=1, stable=True)
+    assert torch.equal(found[0], expected.values)
+    assert torch.equal(found[1], expected.indices)
