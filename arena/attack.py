@@ -100,6 +100,8 @@ class Query:
     """(N, terms): the objective is summed over logits and heads with these weights; None: logits only."""
     target: Tensor | None = None
     """(N,) class for targeted objectives; (N, 2), a pair, for ``top_two``."""
+    targets: Tensor | None = None
+    """(N, m) classes, where a row's points aim at different ones; instead of ``target``."""
     grad: bool | Tensor = False
     """Whether a gradient of the objective with respect to the points is wanted; bool for all or a bool tensor (N,)."""
     draws: int = 1

@@ -203,6 +203,9 @@ class Target:
             x = flat[cut] if count == size else flat.index_select(0, index)
             index = index if rows is None else rows.index_select(0, index)
             labels, part = y.index_select(0, index), _rows(query, index, grad)
+        if query.targets is not None:
+            each = query.targets.flatten()[cut]
+            part = replace(part, target=torch.cat((each, each[-1:].expand(size - count))), targets=None)
         totals: list[Tensor | None] = [None] * 6
         draws = [query.draws] * 6
         for _ in range(query.draws):
@@ -326,6 +329,7 @@ def _rows(query: Query, index: Tensor, grad: bool) -> Query:
         query,
         weights=part(query.weights),
         target=part(query.target),
+        targets=part(query.targets),
         grad=grad,
         surrogate=query.surrogate.rows(index) if query.surrogate else None,
         gates=query.gates.rows(index) if query.gates is not None else None,

@@ -107,16 +107,16 @@ _APGD = (
         BOTH,
         iterate="arena_attacks.staged:staged",
         options={
-            "targets": Option(4, "classes that the first climbs aim at, the nearest, at least 1", low=1),
+            "lanes": Option(4, "climbs and proposals side by side, at least 1", low=1),
             "look": Option(7, "steps of each first climb, at least 1, at most `steps`", low=1),
-            "glance": Option(10, "random proposals after them, at least 1", low=1),
+            "glance": Option(3, "random proposals after them, so many a lane, at least 1", low=1),
             "steps": steps(40),
-            "search": Option(25, "random proposals a round, at least 1", low=1),
-            "rounds": Option(20, "most rounds, at least 1", low=1),
+            "search": Option(13, "random proposals a round, so many a lane, at least 1", low=1),
+            "rounds": Option(6, "most rounds, at least 1", low=1),
             "hope": Option(
                 0.27, "a point gets a round where the margin lacks at most this times what was won, 0 to inf", low=0
             ),
-            "fade": Option(0.86, "by which hope shrinks each round, above 0 to 1", low=1e-3, high=1),
+            "fade": Option(0.55, "by which hope shrinks each round, above 0 to 1", low=1e-3, high=1),
         },
     ),
 )

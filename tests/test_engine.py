@@ -137,6 +137,22 @@ def test_several_points_a_row(points):
     assert torch.equal(answer.logits[:, 1], alone.logits[:, 0])
 
 
+@pytest.mark.parametrize("wants", [True, False, "some"])
+def test_points_of_a_row_may_aim_at_classes_of_their_own(points, wants):
+    x, y, _ = points
+    target = Target(net(), Surface(), 10, 16)
+    many, aims = torch.stack((x[:10], x[10:20]), dim=1), torch.stack((y[10:20], y[20:30]), dim=1)
+    some = torch.arange(10) % 3 == 0
+    query = Query(many, "margin_targeted", targets=aims, grad=some if wants == "some" else wants)
+    answer = target.answer(query, y[:10])
+    for k in (0, 1):
+        alone = Query(many[:, k : k + 1], "margin_targeted", target=aims[:, k], grad=query.grad)
+        one = target.answer(alone, y[:10])
+        assert torch.equal(answer.values[:, k], one.values[:, 0])
+        assert (one.grad is None) == (answer.grad is None) == (wants is False)
+        assert one.grad is None or torch.equal(answer.grad[:, k], one.grad[:, 0])
+
+
 @pytest.mark.parametrize("stop", [1, 3, 8, 15])
 def test_a_run_stopped_anywhere_goes_on_to_the_same_outcome(points, tmp_path, stop):
     expected, _ = walk(points, 32)

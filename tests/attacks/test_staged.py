@@ -42,15 +42,15 @@ def played(attack, model, classes, n=8, threat=LINF):
     return made, outcome, target.logits(outcome.x_adv).argmax(1)
 
 
-def sloped(attack, slopes, gaps, **more):
-    return played(attack, Slopes(slopes, gaps, **more), len(slopes) + 1)
+def sloped(attack, slopes, gaps, n=8, **more):
+    return played(attack, Slopes(slopes, gaps, **more), len(slopes) + 1, n)
 
 
 def test_hopeless_points_get_the_first_look_alone():
     # the ball moves a row's mean by 0.1, so a gap of 5 with a slope of 1 is out of reach of every class
-    _, outcome, predicted = sloped(lambda s: staged(s, targets=4, look=5, glance=6), [1.0] * 5, [5.0] * 5)
+    _, outcome, predicted = sloped(lambda s: staged(s, lanes=4, look=5, glance=2), [1.0] * 5, [5.0] * 5)
     assert (predicted == 0).all()
-    assert outcome.forwards.tolist() == [4 * 6 + 6] * 8
+    assert outcome.forwards.tolist() == [4 * (6 + 2)] * 8
     assert outcome.backwards.tolist() == [4 * 6] * 8
     assert bool(outcome.attempted.all())
 
@@ -58,9 +58,9 @@ def test_hopeless_points_get_the_first_look_alone():
 def test_a_class_that_the_first_look_leaves_out_falls_in_a_round():
     # four flat classes lie nearer; the fifth falls to a climb that aims at it, and to no other
     slopes, gaps = [1.0, 1.0, 1.0, 1.0, 60.0], [2.0, 2.1, 2.2, 2.3, 5.9]
-    _, outcome, predicted = sloped(lambda s: staged(s, targets=4, look=5, hope=math.inf), slopes, gaps)
+    _, outcome, predicted = sloped(lambda s: staged(s, lanes=4, look=5, hope=math.inf), slopes, gaps)
     assert (predicted == 5).all()
-    assert (outcome.forwards > 4 * 6 + 10).all()
+    assert (outcome.forwards > 4 * (6 + 3)).all()
 
 
 class Dents(nn.Module):
@@ -82,14 +82,29 @@ def test_random_search_from_the_best_point_finds_what_no_gradient_shows():
 
 def test_all_the_hope_costs_the_bound():
     made, outcome, predicted = sloped(
-        lambda s: staged(s, targets=3, look=5, glance=4, steps=6, search=7, rounds=2, hope=math.inf),
+        lambda s: staged(s, lanes=3, look=5, glance=4, steps=6, search=7, rounds=2, hope=math.inf),
         [1.0] * 5,
         [5.0] * 5,
     )
     assert (predicted == 0).all()
-    assert made.passes() == (3 * 6 + 4 + 2 * (7 + 7), 3 * 6 + 2 * 7)
+    assert made.passes() == (3 * (6 + 4 + 2 * (7 + 7)), 3 * (6 + 2 * 7))
     assert outcome.forwards.tolist() == [made.passes()[0]] * 8
     assert outcome.backwards.tolist() == [made.passes()[1]] * 8
+
+
+def test_climbs_of_a_row_aim_at_all_classes_in_turn_and_the_first_at_the_nearest():
+    # the fifth class is the farthest at the image and the nearest where a climb has aimed at it
+    aims = []
+
+    def spied(setup):
+        made = staged(setup, lanes=2, look=2, glance=1, steps=2, search=1, rounds=4, hope=math.inf)
+        ask = made.ask
+        made.ask = lambda state: aims.append((state["round"], ask(state).targets, state["left"])) or ask(state)
+        return made
+
+    sloped(spied, [0.1, 0.1, 0.1, 0.1, 9.0], [2.0, 2.1, 2.2, 2.3, 2.6], n=1)
+    climbs = [(int(r[0]), t[0].tolist()) for r, t, left in aims if not left[0]]
+    assert dict(climbs) == {0: [1, 2], 1: [1, 3], 2: [1, 4], 3: [1, 5], 4: [5, 1]}
 
 
 def test_the_scale_of_the_logits_plays_no_part():
