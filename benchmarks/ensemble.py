@@ -21,7 +21,7 @@ import torch
 from ensemble import page, peers
 from ensemble.cases import CASES, named
 from ensemble.cells import Cells
-from ensemble.measuring import PGD_PEERS, Bench, Settings, spoken
+from ensemble.measuring import PGD_PEERS, WAYS, Bench, Settings, spoken
 
 from arena.entries import split
 from arena.errors import ArenaError, unknown
@@ -30,7 +30,7 @@ from arena.lineup import check_entries
 from arena.plugins import registry
 
 PARTS = ("runs", "members", "overhead", "frontier")
-FRONTIER = "apgd_ce(steps=10),apgd_t(steps=20),staged,adaptive"
+FRONTIER = "apgd_ce(steps=10),apgd_t(steps=20),staged,staged(lanes=5),staged(lanes=6,rounds=10,hope=0.5,fade=0.7)"
 
 
 def settings_of(given: argparse.Namespace) -> Settings:
@@ -46,6 +46,9 @@ def settings_of(given: argparse.Namespace) -> Settings:
             raise unknown("part", part, PARTS)
     if given.cifar is not None and not given.cifar.exists():
         raise ArenaError(f"--cifar: no such file '{given.cifar}'")
+    for way in _names(given.ways):
+        if way not in WAYS:
+            raise unknown("way", way, WAYS)
     cases = _names(given.cases)
     return Settings(
         cases=cases,
@@ -64,6 +67,7 @@ def settings_of(given: argparse.Namespace) -> Settings:
         steps=given.steps,
         queries=given.queries,
         parts=_names(given.parts),
+        ways=_names(given.ways),
     )
 
 
@@ -100,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=100, help="iterations of the members; the reference keeps its own")
     made.add_argument("--queries", type=int, default=5000, help="queries of the members' Square")
     made.add_argument("--parts", default=",".join(PARTS), help="what to measure")
+    made.add_argument("--ways", default=",".join(WAYS), help="whole evaluations to play")
     made.add_argument("--results", type=Path, help="folder of the cells; by default ensemble/ in the arena's home")
     made.add_argument("--peers", type=Path, help="folder of the peers; by default in the user's cache")
     made.add_argument("--no-peers", action="store_true", help="leave out what would have to be unpacked")

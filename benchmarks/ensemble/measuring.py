@@ -26,6 +26,8 @@ from .peers import Environment
 MEMBERS = ("apgd_ce", "apgd_t", "fab_t", "square")
 #: What the overhead is measured on.
 PGD_STEPS = 20
+#: Whole evaluations: the two rosters, the full one driven plainly, and the reference.
+WAYS = ("fast", "full", "plain", "reference")
 #: The overhead's peers.
 PGD_PEERS = ("torchattacks", "foolbox", "art")
 
@@ -53,6 +55,8 @@ class Settings:
     steps: int
     queries: int
     parts: tuple[str, ...]
+    ways: tuple[str, ...] = WAYS
+    """Whole evaluations that are played."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +151,13 @@ class Bench:
     def ways(self) -> list[str]:
         """List the whole evaluations that take turns."""
         s = self.settings
-        known = [s.fast, *([f"{s.fast}, bf16"] if s.bf16 else []), s.full, f"{s.full}, plain"]
-        return [*known, *(["reference"] if self.peers.has("pyautoattack") else [])]
+        known = {
+            "fast": [s.fast, *([f"{s.fast}, bf16"] if s.bf16 else [])],
+            "full": [s.full],
+            "plain": [f"{s.full}, plain"],
+            "reference": ["reference"] if self.peers.has("pyautoattack") else [],
+        }
+        return [way for name in s.ways for way in known[name]]
 
     def _whole(self, on: Subject, way: str, threads: int, pair: int, into: list[Run] | None = None) -> None:
         """Measure one whole evaluation, with attack seed 0."""
