@@ -18,7 +18,7 @@ def keep_freed_memory() -> bool:
     """Make the C library keep what the process frees, and return whether it does.
 
     Every pass allocates and frees the same megabytes. Handed back each time, they come back as empty pages that the
-    system fills with zeros, one fault a page: on a CPU a seventh of a pass of a ResNet-18 of width 16. The process then
+    system fills with zeros, one fault a page: on a CPU an eighth of a pass of a ResNet-18 of width 16. The process then
     stays as large as it once was, and grows no larger for it. Only glibc is told, and not where the user told it
     something else (``MALLOC_...`` in the environment).
     """
