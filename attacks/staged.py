@@ -135,16 +135,19 @@ class Staged(Apgd):
         if answer.grad is None:
             return dict(state)
         which = (state["left"] == 0).nonzero().squeeze(1)
-        climbs = {k: state[k][which].flatten(0, 1) for k in CLIMB}
-        each = which.repeat_interleave(self.lanes)
-        taken = super().tell(
-            {**climbs, "x": state["x"][each], "step": state["step"][each]},
-            Answer(*(_one(part[which]) for part in (answer.values, answer.grad, answer.logits, answer.errors))),
-        )
-        return {
-            **state,
-            **{k: state[k].index_copy(0, which, taken[k].unflatten(0, (-1, self.lanes))) for k in CLIMB},
-        }
+        whole = len(which) == len(state["y"])
+
+        def lanes(part: Tensor) -> Tensor:
+            return (part if whole else part.index_select(0, which)).flatten(0, 1)
+
+        def each(part: Tensor) -> Tensor:
+            return (part if whole else part.index_select(0, which)).repeat_interleave(self.lanes, 0)
+
+        climbs = {k: lanes(state[k]) for k in CLIMB} | {k: each(state[k]) for k in ("x", "step")}
+        seen = (lanes(part).unsqueeze(1) for part in (answer.values, answer.grad, answer.logits, answer.errors))
+        taken = super().tell(climbs, Answer(*seen))
+        new = {k: taken[k].unflatten(0, (-1, self.lanes)) for k in CLIMB}
+        return {**state, **(new if whole else {k: state[k].index_copy(0, which, v) for k, v in new.items()})}
 
     def _close(self, new: State, point: Tensor, broken: Tensor, ended: Tensor) -> None:
         """Leave the end of a climb to ``tell``: all climbs of a row end together."""
@@ -233,11 +236,6 @@ class Staged(Apgd):
 
 #: What climbs and proposals are made of.
 _MADE_OF = ("x", "index", "best", "rival", "round", "tried")
-
-
-def _one(part: Tensor) -> Tensor:
-    """Make rows with one point each (n L, 1, ...) of rows with L points (n, L, ...)."""
-    return part.flatten(0, 1).unsqueeze(1)
 
 
 def _interval(word: Tensor, side: Tensor, length: int) -> Tensor:
