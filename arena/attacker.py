@@ -10,23 +10,23 @@ from torch import Tensor, nn
 from arena.arrangement import Arrangement
 from arena.check import PROBE
 from arena.contender import Contender
-from arena.crew import Crew
 from arena.engine import Keeper, Outcome
 from arena.ground import Ground
 from arena.journal import EVERY, AttackKeeper, Journal, Keepers
 from arena.lending import lend
 from arena.limit import Limit
 from arena.lineup import Planned
-from arena.messages import Order
 from arena.plugins import Registry
 from arena.points import SHARD, Points, Pool, Shard, shards
 from arena.question import Running
 from arena.referee import Referee
 from arena.search import Search
-from arena.staff import Staff
 from arena.target import padded
-from arena.task import Task
 from arena.watch import Watch
+from arena.workers.crew import Crew
+from arena.workers.messages import Order
+from arena.workers.staff import Staff
+from arena.workers.task import Task
 
 #: Told that work begins: (attack, steps, their unit, points that it meets).
 Begun = Callable[[Planned, int, str, int], None]

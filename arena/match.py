@@ -16,10 +16,10 @@ from arena.journal import Journal
 from arena.playing import Playing
 from arena.plugins import Registry
 from arena.question import Question, Running
-from arena.staff import engaged
 from arena.store import open_store
 from arena.threads import one_thread, small
 from arena.watch import Watch
+from arena.workers.staff import engaged
 
 
 @dataclass(frozen=True)

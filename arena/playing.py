@@ -43,11 +43,11 @@ from arena.results import (
     worst_case,
 )
 from arena.specs import Indicator
-from arena.staff import Staff
 from arena.store import Outcomes
 from arena.tally import Tally
 from arena.trained import near_chance
 from arena.watch import Watch
+from arena.workers.staff import Staff
 
 
 class Playing:

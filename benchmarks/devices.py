@@ -26,12 +26,12 @@ import torch
 
 from arena import staff
 from arena.cli.options import settle
-from arena.crew import Crew
 from arena.entries import split
 from arena.match import play
 from arena.plugins import registry
 from arena.question import Question, Running
 from arena.watch import Silent
+from arena.workers.crew import Crew
 
 
 @dataclass

@@ -20,13 +20,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arena import attacker, crew_local, staff
+from arena import attacker
 from arena import crew as crews
-from arena.crew_ray import plan
 from arena.errors import ArenaError
-from arena.messages import Done, Job, Kept, Lost, Order, Ready, versions
-from arena.task import FEWEST, Task, cuts
-from arena.worker import Desk
+from arena.workers import processes, staff
+from arena.workers.actors import plan
+from arena.workers.messages import Done, Job, Kept, Lost, Order, Ready, versions
+from arena.workers.task import FEWEST, Task, cuts
+from arena.workers.worker import Desk
 
 sys.path.insert(0, str(Path(__file__).parent / "packages" / "cheats"))
 from asking import GO, ask, flags
@@ -296,7 +297,7 @@ def test_a_process_killed_in_the_middle_changes_nothing(registry, monkeypatch):
     vs = ("square(queries=400)", "pgd", "foolbox:LinfPGD(steps=5)")
     alone = ask(registry, vs=vs, n=150).record
     monkeypatch.setattr(attacker, "EVERY", 0.05)
-    kept, killed, real = [], [], crew_local.Processes.receive
+    kept, killed, real = [], [], processes.Processes.receive
 
     def receive(self, timeout):
         said = real(self, timeout)
@@ -307,7 +308,7 @@ def test_a_process_killed_in_the_middle_changes_nothing(registry, monkeypatch):
             os.kill(self.processes()[0], signal.SIGKILL)
         return said
 
-    monkeypatch.setattr(crew_local.Processes, "receive", receive)
+    monkeypatch.setattr(processes.Processes, "receive", receive)
     shared = ask(registry, vs=vs, n=150, running=dataclasses.replace(TWO, replay=True)).record
     assert same(shared) == same(alone)
     assert shared["provenance"]["crew"]["engine"] == "local"

@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
-from arena.messages import Lost
+from arena.workers.messages import Lost
 
 #: Seconds that a process gets to end after it was told to.
 GRACE = 5.0
@@ -27,7 +27,7 @@ class _Hired:
 
 
 class Processes:
-    """Spawned processes with pipes (``arena.crew.Staff``)."""
+    """Spawned processes with pipes (``arena.workers.crew.Staff``)."""
 
     engine = "local"
 
@@ -118,7 +118,7 @@ def work(pipe: Connection, order: bytes, device: str) -> None:
     """Be a worker, until the process at the other end of the pipe is gone or ends this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the match says what is to be done after Ctrl-C
     os.dup2(2, 1)  # stdout is for results
-    from arena.worker import Desk
+    from arena.workers.worker import Desk
 
     desk = Desk(order, device, pipe.send_bytes)
 

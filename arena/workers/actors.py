@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from arena.errors import ArenaError
-from arena.messages import Lost
+from arena.workers.messages import Lost
 
 #: Where Ray is not there.
 MISSING = "--engine ray: Ray is not installed; pip install 'adversarial-arena[ray]'"
@@ -24,7 +24,7 @@ KNOCK = 10.0
 
 
 class Actors:
-    """Actors, each with one outstanding call for its next messages (``arena.staff.Staff``)."""
+    """Actors, each with one outstanding call for its next messages (``arena.workers.staff.Staff``)."""
 
     engine = "ray"
 
@@ -107,7 +107,7 @@ class Actor:
     def __init__(self, path: list[str], order: bytes, device: str) -> None:
         """Begin; ``path`` is the import path of the match's process, where plugins and models lie."""
         sys.path += [p for p in path if p not in sys.path]
-        from arena.worker import Desk
+        from arena.workers.worker import Desk
 
         self._said: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._desk = Desk(order, device, self._said.put)

@@ -18,8 +18,8 @@ from arena.contender import Contender
 from arena.engine import Keeper, Outcome, Row
 from arena.journal import joined, packed, some, unpacked
 from arena.lineup import Planned
-from arena.messages import Done, Job, Kept, Told, arrays, tensors
 from arena.target import PAD
+from arena.workers.messages import Done, Job, Kept, Told, arrays, tensors
 
 #: Workers that may be lost over one piece of work.
 TRIES = 3

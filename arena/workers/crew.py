@@ -14,10 +14,10 @@ from typing import Any
 from arena.contender import Contender
 from arena.engine import Outcome
 from arena.errors import ArenaError
-from arena.messages import Done, Kept, Lost, Order, Ready, Refused, Stop, Told, versions
 from arena.pace import Pace
-from arena.staff import Staff
-from arena.task import TRIES, Piece, Task
+from arena.workers.messages import Done, Kept, Lost, Order, Ready, Refused, Stop, Told, versions
+from arena.workers.staff import Staff
+from arena.workers.task import TRIES, Piece, Task
 
 #: Seconds between two looks at the clock while nobody says anything.
 TICK = 0.2

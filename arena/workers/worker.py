@@ -23,10 +23,10 @@ from arena.check import PROBE
 from arena.engine import Outcome, Row
 from arena.errors import ArenaError
 from arena.journal import packed, unpacked
-from arena.messages import Done, Job, Kept, Order, Ready, Refused, Stop, Told, arrays, tensors, versions
 from arena.question import Running
 from arena.results import device_name
 from arena.search import Search
+from arena.workers.messages import Done, Job, Kept, Order, Ready, Refused, Stop, Told, arrays, tensors, versions
 
 Say = Callable[[Any], None]
 

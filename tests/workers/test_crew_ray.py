@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from arena import attacker, crew_ray
+from arena import attacker
 from arena.errors import ArenaError
-from arena.messages import Kept
+from arena.workers import actors
+from arena.workers.messages import Kept
 
 sys.path.insert(0, str(Path(__file__).parent / "packages" / "cheats"))
 from asking import GO, ask
@@ -54,7 +55,7 @@ def test_two_actors_give_the_record_of_one_process(registry, cluster):
 def test_an_actor_killed_in_the_middle_changes_nothing(registry, cluster, monkeypatch):
     alone = ask(registry, vs=VS, n=150).record
     monkeypatch.setattr(attacker, "EVERY", 0.05)
-    kept, killed, real = [], [], crew_ray.Actors.receive
+    kept, killed, real = [], [], actors.Actors.receive
 
     def receive(self, timeout):
         said = real(self, timeout)
@@ -66,7 +67,7 @@ def test_an_actor_killed_in_the_middle_changes_nothing(registry, cluster, monkey
             os.kill(killed[0], signal.SIGKILL)
         return said
 
-    monkeypatch.setattr(crew_ray.Actors, "receive", receive)
+    monkeypatch.setattr(actors.Actors, "receive", receive)
     shared = ask(registry, vs=VS, n=150, running=dataclasses.replace(TWO, replay=True)).record
     assert killed
     assert same(shared) == same(alone)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from arena.messages import Lost
 from arena.question import Running
+from arena.workers.messages import Lost
 
 
 class Staff(Protocol):
@@ -51,11 +51,11 @@ def engaged(running: Running) -> Iterator[Staff | None]:
 
 def _staff(running: Running) -> Staff | None:
     if running.engine == "ray":
-        from arena.crew_ray import Actors
+        from arena.workers.actors import Actors
 
         return Actors(running.ray_address, running.workers, (*running.devices, "auto")[0])
     if len(running.devices) > 1:
-        from arena.crew_local import Processes
+        from arena.workers.processes import Processes
 
         return Processes(running.devices)
     return None
