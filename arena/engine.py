@@ -51,6 +51,8 @@ class Outcome:
     """Rows that are no images at all, by kind (wrong shape or dtype)."""
     most: int = 0
     """Forwards of a row that stayed to the end of an ask/tell attack; 0 for plain attacks."""
+    gives_up: bool = False
+    """The attack may leave a row earlier though it saw no break (``AttackSpec.gives_up``)."""
     error: str = ""
     """Why the attack stopped, if it crashed."""
     trace: str = ""
@@ -81,7 +83,13 @@ class Outcome:
         ``y`` (N,) are the labels; looking at the points once more is not counted.
         """
         wrong = target.clean(self.x_adv)[:, 0].argmax(1) != y
-        return self.attempted & ((self.forwards < self.most) | self.seen | wrong.cpu())
+        return self.attempted & (self.early | self.seen | wrong.cpu())
+
+    @property
+    def early(self) -> Tensor:
+        """(N,) bool, on the CPU: left before their passes were spent, because a break was seen."""
+        early = self.forwards.cpu() < self.most
+        return early & self.seen.cpu() if self.gives_up else early
 
     def replace(self, rows: Tensor, other: Outcome) -> None:
         """Put in the outcome of another run over ``rows`` (positions, (M,)); the passes of both count."""

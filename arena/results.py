@@ -51,6 +51,8 @@ class Played:
     """Points at which the model's logits were not finite; they count as broken."""
     silent: int = 0
     """Points that it saw broken and handed over unbroken."""
+    given_up: int = 0
+    """Points that it left unbroken before its passes were spent, because it saw nothing more to win."""
     right: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     """(n,) bool: what it handed over is classified correctly; of a point it was not given, the image."""
     error: str = ""
@@ -98,6 +100,7 @@ def attack_row(played: Played, correct: Tensor, unique: int | None = None) -> di
         "borderline": played.borderline,
         "nonfinite": played.nonfinite,
         "silent": played.silent,
+        "given_up": played.given_up,
         "error": played.error or None,
         "trace": played.trace or None,
     }

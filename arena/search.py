@@ -97,8 +97,11 @@ class Search:
         first = keeper("")
         if self.target.precision == "fp32" or planned.spec.spec.run:
             with self.target.in_fp32():
-                return once(None, first), first.seconds()
+                outcome = once(None, first)
+            outcome.gives_up = planned.spec.spec.gives_up
+            return outcome, first.seconds()
         outcome = once(None, first)
+        outcome.gives_up = planned.spec.spec.gives_up
         seconds = first.seconds()
         second: list[AttackKeeper | Keepers] = []
 

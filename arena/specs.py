@@ -155,6 +155,8 @@ class AttackSpec:
     """Name under which rows of this attack are also reported as one per-example minimum."""
     chunk: int = 128
     """Rows a plain attack gets at once; it matters to attacks whose rows share a loss."""
+    gives_up: bool = False
+    """An ask/tell attack that may leave a point before its passes are spent though it has not broken it."""
 
 
 #: One line of a roster: an attack's name and its options.

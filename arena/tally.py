@@ -41,8 +41,7 @@ class Tally:
         wrong = verdict.broken.cpu()
         broken = wrong & self.correct[rows]  # a point misclassified without an attack is broken by none
         # A random model may let a point leave early at lucky draws: without the majority's word it was not attempted.
-        early = outcome.forwards.cpu() < outcome.most
-        unlucky = early & ~wrong & self.random
+        unlucky = outcome.early & ~wrong & self.random
         self.lucky += int(unlucky.sum())
         self.done += int(outcome.attempted.sum())
         self.moved |= outcome.moved
@@ -53,6 +52,9 @@ class Tally:
         played.nonfinite += verdict.nonfinite
         if not self.random:
             played.silent += int((outcome.seen & self.correct[rows] & ~broken).sum())
+        if outcome.gives_up:
+            left = outcome.attempted.cpu() & (outcome.forwards.cpu() < outcome.most)
+            played.given_up += int((left & ~outcome.early & ~wrong).sum())
         played.forwards += int(outcome.forwards.sum())
         played.backwards += int(outcome.backwards.sum())
         played.borderline += verdict.borderline

@@ -96,3 +96,25 @@ def test_a_plain_attack_searches_in_fp32(registry, monkeypatch):
     found = bf16(registry, ("foolbox:LinfPGD(steps=3)",))
     assert found["attacks"][0]["status"] == "ok"
     assert dtypes == {("fp32", torch.float32)}
+
+
+def test_points_that_an_attack_gives_up_are_counted_and_are_no_break_that_was_seen(registry):
+    vs = ("staged(steps=5,rounds=2)",)
+    exact = ask(registry, vs=vs, n=48, eps="0.05").record
+    (row,) = exact["attacks"]
+    assert row["status"] == "ok"
+    assert 0 < row["given_up"] <= row["attempted"] - row["broken"]
+    assert row["forwards"] < row["attempted"] * (exact["cost"]["forwards"] // row["attempted"])
+    found = bf16(registry, vs)
+    assert found["attacks"][0]["given_up"] > 0
+    assert found["provenance"]["search"]["again"] <= 1  # not all that left before their passes were spent
+    (other,) = ask(registry, vs=("pgd",), n=48, eps="0.05").record["attacks"]
+    assert other["given_up"] == 0
+
+
+def test_points_of_a_random_model_that_an_attack_gives_up_do_not_make_it_partial(registry, tmp_path):
+    (tmp_path / "s.toml").write_text("random = true\n")
+    vs, surface = ("staged(steps=3,rounds=1)",), tmp_path / "s.toml"
+    record = ask(registry, "undeclared_randomness", vs, n=8, eps="0.01", surface=surface).record
+    (row,) = record["attacks"]
+    assert (row["status"], row["attempted"]) == ("ok", row["broken"] + row["given_up"])

@@ -189,6 +189,10 @@ def _attacks(console: Console, record: Record, everything: bool) -> None:
             made.add_row(*_cells(_minimum(sweep, members), unique, rules))
     console.print(made)
     console.print(cell("alone: % of n standing against it alone; left: % standing in its roster", "dim"))
+    for attack in rows:
+        if attack.get("given_up"):
+            shown = f"{attack['given_up']} of {attack['attempted'] - attack['broken']} points it left standing"
+            console.print(cell(f"{spaced(attack['name'])}: saw nothing more to win on {shown}", "dim"))
     if hidden:
         console.print(
             cell(
