@@ -106,8 +106,8 @@ def test_points_that_an_attack_gives_up_are_counted_and_are_no_break_that_was_se
     assert 0 < row["given_up"] <= row["attempted"] - row["broken"]
     assert row["forwards"] < row["attempted"] * (exact["cost"]["forwards"] // row["attempted"])
     found = bf16(registry, vs)
-    assert found["attacks"][0]["given_up"] > 0
-    assert found["provenance"]["search"]["again"] <= 1  # not all that left before their passes were spent
+    # not all that left before their passes were spent are attacked again
+    assert found["provenance"]["search"]["again"] < found["attacks"][0]["given_up"]
     (other,) = ask(registry, vs=("pgd",), n=48, eps="0.05").record["attacks"]
     assert other["given_up"] == 0
 
@@ -117,4 +117,5 @@ def test_points_of_a_random_model_that_an_attack_gives_up_do_not_make_it_partial
     vs, surface = ("staged(steps=3,rounds=1)",), tmp_path / "s.toml"
     record = ask(registry, "undeclared_randomness", vs, n=8, eps="0.01", surface=surface).record
     (row,) = record["attacks"]
-    assert (row["status"], row["attempted"]) == ("ok", row["broken"] + row["given_up"])
+    assert (row["status"], row["attempted"], row["broken"]) == ("ok", 8, 0)
+    assert row["given_up"] > 0

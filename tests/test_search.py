@@ -76,7 +76,7 @@ def test_a_search_copy_is_folded_timed_and_as_large_as_what_attacks_can_meet():
     search = opened()
     assert (search.cheaper.folded, search.cheaper.channels_last) == (1, True)
     assert search.target.batch_size == search.pace.batch_size == 24  # 20 points, padded
-    assert opened(batch_size=8).target.batch_size == 8
+    assert opened(batch_size=8).target.batch_size == 16
     assert (search.target.meter.forwards, search.target.meter.backwards) == (0, 0)
 
 

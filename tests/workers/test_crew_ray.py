@@ -18,7 +18,7 @@ from arena.errors import ArenaError
 from arena.workers import actors
 from arena.workers.messages import Kept
 
-sys.path.insert(0, str(Path(__file__).parent / "packages" / "cheats"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "packages" / "cheats"))
 from asking import GO, ask
 
 pytestmark = pytest.mark.ray
@@ -86,7 +86,7 @@ def test_a_match_that_is_ended_leaves_no_process(tmp_path, number):
     """On a cluster of its own, which ends with it."""
     once = {"ARENA_HOME": str(tmp_path / "home"), "ARENA_SNAPSHOT_SECONDS": "0.1", "MARK": str(tmp_path)}
     command = [sys.executable, "-m", "arena", "match", "arena_cheats:honest", "--vs", "square(queries=20000)", "-q"]
-    cheats = Path(__file__).parent / "packages" / "cheats"
+    cheats = Path(__file__).parents[1] / "packages" / "cheats"
     path = os.pathsep.join(filter(None, [str(cheats), os.environ.get("PYTHONPATH", "")]))
     process = subprocess.Popen(
         [*command, "--eps", "0.05", "-n", "150", "--engine", "ray"],
