@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench = Bench(settings, cells, found, there, spoken)
         result = bench.run()
         versions = [there.version(name) for name in ("pyautoattack", *PGD_PEERS) if there.has(name)]
-        command = shlex.join(["python", "benchmarks/ensemble.py", *words])
+        command = shlex.join(["python", "benchmarks/ensemble.py", *(w for w in words if w != "--known")])
         text = page.write(given.table, result, settings, page.Ways(settings.fast, settings.full), command, versions)
     except ArenaError as e:
         print(e, file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,7 +173,7 @@ def write(out: Path | None, found: Found, settings: Settings, ways: Ways, comman
         atomic_write(out.parent / "figures" / f"{out.stem}.svg", figure(drawn, ways.full))
         body += [f"![Robust accuracy against passes](figures/{out.stem}.svg)", ""]
         body += ["*Blue dots: nothing cheaper finds as much. Orange crosses: something cheaper does.*", ""]
-    left = [f"- {what}: {why}" for what, why in found.left_out.items()]
+    left = [line for text in gathered(found.left_out) for line in _wrapped(text)]
     text = "\n".join(
         [
             "# The ensembles",
@@ -199,6 +199,18 @@ def write(out: Path | None, found: Found, settings: Settings, ways: Ways, comman
     if out is not None:
         atomic_write(out, text.encode())
     return text
+
+
+def gathered(left_out: Mapping[str, str]) -> list[str]:
+    """Write what is left out, a line for each part, way and reason; cells are ``part: case, train seed N, way``."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for what, why in left_out.items():
+        part, _, cell = what.partition(": ")
+        case, seed, way = [*cell.split(", ", 2), "", ""][:3]
+        known = seed.startswith("train seed ") and bool(way)
+        key, one = (f"{part}, {way}", f"{case} {seed.rpartition(' ')[2]}") if known else (what, "")
+        lines.setdefault((key, why), []).append(one)
+    return [f"- {key}: {why}{' (' + ', '.join(ones) + ')' if ones[0] else ''}" for (key, why), ones in lines.items()]
 
 
 def _section(title: str, table: Table) -> list[str]:

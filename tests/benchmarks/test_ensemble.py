@@ -455,3 +455,17 @@ def test_packed_masks_come_back():
     mask = torch.arange(13) % 3 == 0
     made = measuring.Run("cnn", 0, "x", 1, 0, json.loads(json.dumps({"n": 13, "natural": packed(mask)})))
     assert made.natural.tolist() == mask.tolist()
+
+
+def test_what_is_left_out_is_said_once_for_each_way_and_reason():
+    left = {
+        "runs: cnn, train seed 0, autoattack, plain": "not measured",
+        "runs: long, train seed 2, autoattack, plain": "not measured",
+        "runs: cnn, train seed 1, autoattack, plain": "it fell over",
+        "art": "not installed",
+    }
+    assert page.gathered(left) == [
+        "- runs, autoattack, plain: not measured (cnn 0, long 2)",
+        "- runs, autoattack, plain: it fell over (cnn 1)",
+        "- art: not installed",
+    ]
