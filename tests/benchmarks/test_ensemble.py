@@ -447,7 +447,7 @@ def test_what_is_known_is_printed_and_nothing_is_measured(script, tmp_path, caps
     words = ["--known", "--cases", "cnn", "--seeds", "0", "-n", "8", "--fast", "staged", "--results", str(tmp_path)]
     assert script.main(words) == 0
     text = capsys.readouterr().out
-    assert "- runs: cnn, train seed 0, autoattack: not measured" in text
+    assert "- runs, autoattack: not measured (cnn 0)" in text
     assert not list(tmp_path.iterdir())
 
 
