@@ -1,7 +1,7 @@
 """Measures arena's rosters against the reference AutoAttack, torchattacks, foolbox and ART, and prints the tables.
 
     python benchmarks/ensemble.py --cifar cifar10.npz --table docs/ensemble.md           hours; goes on where it stopped
-    python benchmarks/ensemble.py --cases cnn --seeds 0 -n 16 --results /tmp/tried       a trial, some minutes
+    python benchmarks/ensemble.py --cases cnn --seeds 0 -n 16 --results tried            a trial, some minutes
 
 Models that are missing are trained first. Every cell that is measured is kept as a file under ``--results`` and is not
 measured again; ``--known`` measures nothing and prints what is there. The peers are unpacked into a folder of their

@@ -95,10 +95,12 @@ def figure(found: Sequence[Spot], full: str) -> bytes:
 
 def _dots(made: Any, found: Sequence[Spot], height: Any) -> None:
     best = float("inf")
-    for s in found:  # the cheapest first: what is lower than all before is on the frontier
+    for k, s in enumerate(found, 1):  # the cheapest first: what is lower than all before is on the frontier
         ahead = height(s) < best
         best = min(best, height(s))
-        made.plot([s.standing], [height(s)], "o" if ahead else "x", color=BLUE if ahead else ORANGE, ms=6)
-        made.annotate(s.entry, (s.standing, height(s)), SHIFT, textcoords="offset points", fontsize=6)
+        look = {"color": BLUE if ahead else ORANGE, "ms": 6, "label": f"{k}  {s.entry}", "linestyle": ""}
+        made.plot([s.standing], [height(s)], "o" if ahead else "x", **look)
+        made.annotate(str(k), (s.standing, height(s)), SHIFT, textcoords="offset points", fontsize=7)
+    made.legend(fontsize=6, frameon=False, loc="upper right")
     made.set_xscale("log")
     made.margins(x=0.25)
