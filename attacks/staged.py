@@ -7,7 +7,7 @@ best points of an Linf ball lie, and gradients lead past many of them.
 
 Whether a point may still fall is judged by itself alone. Its gap is how much the best point lacks to a mistake, its
 gain how much the attack has won so far, both in the margin of the logits; the next round is played while
-gap <= hope * fade^round * gain. So the scale of the logits, the radius and the data set play no part.
+gap <= hope * fade^(round - 1) * gain. So the scale of the logits, the radius and the data set play no part.
 
 The climbs of a round go side by side, and so do proposals: few points get rounds, and one at a time would make
 batches of a few rows, whose passes cost a multiple.

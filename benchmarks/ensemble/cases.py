@@ -184,5 +184,5 @@ def scaled(contender: Contender, scale: float) -> Contender:
         id=f"{contender.id}x{scale:g}",
         factory=lambda: Scaled(contender.factory(), scale),
         weights={f"model.{k}": v for k, v in contender.weights.items()},
-        finish=None if contender.finish is None else lambda model: contender.finish(model.model),  # type: ignore
+        finish=None if contender.finish is None else lambda model: contender.finish(model.model),  # type: ignore[misc, arg-type]
     )
