@@ -22,8 +22,9 @@ from .cases import Case, Subject, named, subject
 from .cells import Cells
 from .peers import Environment
 
-#: The reference's members by arena's names; torchattacks has all four.
-MEMBERS = ("apgd_ce", "apgd_t", "fab_t", "square")
+#: The reference's members by arena's names, and a variant of torchattacks' that shows what a difference comes from:
+#: Square with squares that reach the last row and column, which its own never do.
+MEMBERS = (("apgd_ce", ""), ("apgd_t", ""), ("fab_t", ""), ("square", ""), ("square", "to the rim"))
 #: What the overhead is measured on.
 PGD_STEPS = 20
 #: Whole evaluations: the two rosters, the full one driven plainly, and the reference.
@@ -113,6 +114,11 @@ class Found:
 Say = Callable[[str], None]
 
 
+def opposing(member: str, variant: str = "") -> str:
+    """Name the way of torchattacks' member, or of a variant of it."""
+    return ", ".join(word for word in (member, "torchattacks", variant) if word)
+
+
 def spoken(text: str) -> None:
     """Say something on stderr."""
     print(text, file=sys.stderr, flush=True)
@@ -178,16 +184,17 @@ class Bench:
     def _members(self) -> None:
         s = self.settings
         for on, threads, pair in self._turns(s.members, s.seeds, once=True):
-            for name in MEMBERS:
+            for name, variant in MEMBERS:
                 option = f"queries={s.queries}" if name == "square" else f"steps={s.steps}"
                 entry, way = f"{name}({option})", f"{name}, arena"
                 asked = self._asked(on, way, None, pair, self._made_of(entry, on))
-                self._keep("members", self.found.members, on, asked, self._engine(on, entry, on.seed, threads))
+                if not variant:
+                    self._keep("members", self.found.members, on, asked, self._engine(on, entry, on.seed, threads))
                 if not self.peers.has("torchattacks"):
                     continue
-                way = f"{name}, torchattacks"
+                way = opposing(name, variant)
                 asked = self._asked(on, way, None, pair, [option, self.peers.version("torchattacks")])
-                work = self._peer(on, "member", "torchattacks", threads, on.seed, member=name)
+                work = self._peer(on, "member", "torchattacks", threads, on.seed, member=name, variant=variant)
                 self._keep("members", self.found.members, on, asked, work)
 
     def _engine(self, on: Subject, entry: str, seed: int, threads: int) -> Callable[[], dict[str, Any]]:
@@ -261,13 +268,22 @@ class Bench:
         return [describe((entry,), self.registry), [p.name for g in groups for p in g.attacks]]
 
     def _peer(
-        self, on: Subject, what: str, library: str, threads: int, seed: int, member: str = "", steps: int | None = None
+        self,
+        on: Subject,
+        what: str,
+        library: str,
+        threads: int,
+        seed: int,
+        member: str = "",
+        variant: str = "",
+        steps: int | None = None,
     ) -> Callable[[], dict[str, Any]]:
         s = self.settings
         job = {
             "what": what,
             "library": library,
             "member": member,
+            "variant": variant,
             "case": on.case.name,
             "train_seed": on.seed,
             "n": len(on.index),

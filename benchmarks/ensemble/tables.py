@@ -12,7 +12,7 @@ from pairing import discordant
 from arena.statistics import wilson
 
 from .cases import named
-from .measuring import MEMBERS, Run
+from .measuring import MEMBERS, Run, opposing
 
 DASH = "-"
 
@@ -233,8 +233,8 @@ def members(runs: Sequence[Run]) -> Table:
     """Compare arena's members with torchattacks', case by case and pooled."""
     head = ["member", "case", "arena", "torchattacks", "gap", "only arena", "only torchattacks", "p"]
     rows = [[*head, "passes, arena", "passes, torchattacks", "violations"]]
-    for name in MEMBERS:
-        a, b = f"{name}, arena", f"{name}, torchattacks"
+    for name, variant in MEMBERS:
+        a, b = f"{name}, arena", opposing(name, variant)
         for case in [*cases_of(r for r in runs if r.way in (a, b)), None]:
             pairs = couples(runs, a, b, case)
             if not pairs:
@@ -242,7 +242,7 @@ def members(runs: Sequence[Run]) -> Table:
             mine, theirs = [x for x, _ in pairs], [y for _, y in pairs]
             rows.append(
                 [
-                    f"`{name}`",
+                    f"`{name}`" + (f", theirs {variant}" if variant else ""),
                     f"`{case}`" if case else "**pooled**",
                     f"{accuracy(mine):.1f}",
                     f"{accuracy(theirs):.1f}",
