@@ -114,6 +114,9 @@ class Query:
     """Added to the objective."""
     heads_objective: str | None = None
     """Function for the heads, where it is another one than the logits'."""
+    final: Tensor | None = None
+    """(N,) bool, rows for which a mistake counts, because their points lie in the ball; None: all. A search in lower
+    precision looks at these mistakes once more in fp32."""
 
     def averaged(self, draws: int) -> Query:
         """Return the query with the model's own logits averaged over at least so many passes.
@@ -156,11 +159,13 @@ class Answer:
     """(N, m, K) main logits, of the model itself."""
     errors: Tensor
     """(N, m) share of the model's own passes that misclassify the point, or whose logits are not finite: 0 or 1 unless
-    the query has draws."""
+    the query has draws. In a search in lower precision a mistake that counts is fp32's word, and so are its logits."""
     scores: Tensor | None = None
     """(N, m, terms, K) logits and heads, where the query's weights read heads."""
     gates: Tensor | None = None
     """(N, m, G) what each gate says, by mean, where the query has a gate term; held gates too say their own."""
+    again: Tensor | None = None
+    """(N,) forwards beyond the query's own, in fp32; None: none."""
 
 
 class IteratedAttack(Protocol):
@@ -169,7 +174,8 @@ class IteratedAttack(Protocol):
     State keys the engine owns and adds: ``x`` (N, C, H, W), ``y`` (N,), ``index`` (N,) data-set indices. Keys the
     attack must set: ``done`` (N,) bool, the row is finished; ``best`` (N, C, H, W), the point to submit, which for a
     row that is not broken should still be the attack's strongest point. An attack may set ``claim`` (N,) bool; claims
-    are checked, never believed.
+    are checked, never believed. An attack that asks for points outside the ball may have a method ``final(state)``,
+    which says for which rows a mistake would count (``Query.final``).
     """
 
     def start(self, index: Tensor, x: Tensor, y: Tensor, clean: Tensor) -> State:

@@ -12,14 +12,13 @@ from arena.check import PROBE
 from arena.contender import Contender
 from arena.engine import Keeper, Outcome
 from arena.ground import Ground
-from arena.journal import EVERY, AttackKeeper, Journal, Keepers
+from arena.journal import EVERY, Journal, Keepers
 from arena.lending import lend
 from arena.limit import Limit
 from arena.lineup import Planned
 from arena.plugins import Registry
 from arena.points import SHARD, Points, Pool, Shard, shards
 from arena.question import Running
-from arena.referee import Referee
 from arena.search import Search
 from arena.target import padded
 from arena.watch import Watch
@@ -41,7 +40,6 @@ class Attacker:
         running: Running,
         registry: Registry,
         contender: Contender,
-        referee: Referee,
         pool: Pool,
         n_classes: int,
         met: Tensor,
@@ -53,7 +51,6 @@ class Attacker:
 
         Args:
             arranged, running, registry, contender: the match, how it is run, what there is, and the model.
-            referee: says which of the breaks that a search in lower precision saw are none.
             pool: all points.
             n_classes: width of the logits.
             met: (n,) bool, the points that attacks can meet.
@@ -62,11 +59,12 @@ class Attacker:
             begun: told that work begins.
         """
         self.arranged, self.running, self.registry, self.contender = arranged, running, registry, contender
-        self.referee, self.pool, self.n_classes, self.met = referee, pool, n_classes, met
+        self.pool, self.n_classes, self.met = pool, n_classes, met
         self.limit, self.watch, self.begun = limit, watch, begun
         self.surface = contender.surface
+        self.passes = (0, 0)
+        """The most forwards and backwards of all attacks, once it is known."""
         self._search: Search | None = None
-        self._told = ("", 0)
         self.crew: Crew | None = None
         """The workers, where there are several devices."""
         self._changed = ""
@@ -82,7 +80,9 @@ class Attacker:
     def search(self) -> Search:
         """What the attacks query; it is made, and its pace measured, when first asked for."""
         if self._search is None:
-            self._search = Search(self.build, self.surface, self.n_classes, self.pool.x, self.met, self.running)
+            self._search = Search(
+                self.build, self.surface, self.n_classes, self.pool.x, self.met, self.running, self.passes
+            )
         return self._search
 
     @property
@@ -150,25 +150,11 @@ class Attacker:
         """
         points = self.pool.take(shard.rows)
 
-        def once(some: Tensor | None, kept: AttackKeeper | Keepers) -> Outcome:
-            if some is None:
-                return self._run(planned, shard, points, kept)
-            rows = shard.rows[some]
-            return self._run(planned, Shard(shard.number, rows, 0, len(rows)), self.pool.take(rows), kept)
-
-        def keeper(added: str) -> AttackKeeper | Keepers:
-            index = points.index.tolist()
-            own = [(journal.keeper(f"{name}{suffix}{added}"), index[span]) for suffix, span in shard.parts]
-            return own[0][0] if len(own) == 1 else Keepers(own)
-
-        return self.search.attack(
-            planned,
-            points.y,
-            once,
-            keeper,
-            lambda found: self.referee.judge(points.x, found.x_adv, points.y, points.index).broken,
-            lambda: self.limit.up,
-        )
+        index = points.index.tolist()
+        own = [(journal.keeper(f"{name}{suffix}"), index[span]) for suffix, span in shard.parts]
+        keeper = own[0][0] if len(own) == 1 else Keepers(own)
+        outcome = self.search.attack(planned, lambda: self._run(planned, shard, points, keeper))
+        return outcome, keeper.seconds()
 
     def _run(self, planned: Planned, shard: Shard, points: Points, keeper: Keeper) -> Outcome:
         ground, target, until = self.ground, self.search.target, self.limit.after_step
@@ -210,10 +196,9 @@ class Attacker:
             self._changed = self._changed or task.changed
 
     def _begin(self, planned: Planned, shard: Shard, each: int, unit: str) -> None:
-        """Tell the watch, once for all shards of an attack, and once for a second try on some of one."""
-        if not shard.before or self._told != (planned.name, shard.met):  # after a second try the shards go on
+        """Tell the watch, once for all shards of an attack."""
+        if not shard.before:
             self.begun(planned, shard.met * each, unit, shard.met)
-        self._told = (planned.name, shard.met)
 
     def _advance(self, shard: Shard, forwards: int, done: int) -> None:
         self.watch.advance(forwards, f"{shard.before + done} of {shard.met} points done")

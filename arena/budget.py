@@ -36,10 +36,10 @@ def most_passes(planned: Planned, setup: Setup, draws: int) -> tuple[int, int] |
 class Prices:
     """What attacks can cost in one match; each is asked once."""
 
-    def __init__(self, setup: Callable[[Planned], Setup], draws: int, tries: int = 1) -> None:
-        """Args: ``setup`` gives what an attack is made for; ``draws`` as for ``most_passes``; ``tries`` is how often a
-        point may be attacked: twice by a search in bf16 (``arena.search``)."""
-        self._setup, self._draws, self._tries = setup, draws, tries
+    def __init__(self, setup: Callable[[Planned], Setup], draws: int, looks: int = 1) -> None:
+        """Args: ``setup`` gives what an attack is made for; ``draws`` as for ``most_passes``; ``looks`` is how often an
+        ask/tell attack's point may be looked at: twice by a search in bf16 (``arena.target``)."""
+        self._setup, self._draws, self._looks = setup, draws, looks
         self._known: dict[str, tuple[int, int] | None] = {}
 
     def passes(self, planned: Planned) -> tuple[int, int] | None:
@@ -49,17 +49,17 @@ class Prices:
         return self._known[planned.name]
 
     def cost(self, planned: Planned) -> int | None:
-        """Return forwards and backwards of one try together: a budget is for one."""
+        """Return forwards and backwards together, without second looks: a budget is the same in both precisions."""
         passes = self.passes(planned)
         return None if passes is None else sum(passes)
 
     def played(self, planned: Planned, threat: Threat) -> tuple[int, int] | None:
-        """Return what an attack can cost under this threat model, all tries: nothing where it is not played."""
+        """Return what an attack can cost under this threat model, all looks: nothing where it is not played."""
         norms = planned.spec.spec.norms
         if threat.radius == 0 or (norms and threat.norm not in norms):
             return 0, 0
         passes = self.passes(planned)
-        return None if passes is None else (self._tries * passes[0], self._tries * passes[1])
+        return None if passes is None else (self._looks * passes[0], passes[1])
 
 
 def within(group: Group, given: int | None, cost: Cost) -> Group:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -73,8 +74,8 @@ def make_cheaper(
     x = pad(x[:PROBE])
     eager = build().eval().requires_grad_(False)
     model, done = eager, Cheaper()
-    # On small pictures oneDNN's plain layout is the faster one (docs/speed.md).
-    wide = x[0].numel() > SMALL_IMAGE
+    # On small pictures oneDNN's plain layout is the faster one, but for the tiles of AMX (docs/speed.md).
+    wide = x[0].numel() > SMALL_IMAGE or (precision == "bf16" and _has_tiles())
     if surface.random:
         done = Cheaper(note="not folded: a random model's copy cannot be compared with it")
     for last in () if surface.random else (True, False) if wide else (False,):
@@ -84,10 +85,35 @@ def make_cheaper(
             break
         done = replace(done, note=why)
     if precision == "bf16":
+        if not surface.random:
+            _score_in_fp32(model, x)
         why = "the model is random" if surface.random else _bf16_differs(eager, model, surface, x)
         note = "; ".join(n for n in (done.note, f"searched in fp32, not bf16: {why}" if why else "") if n)
         done = replace(done, precision="fp32" if why else "bf16", note=note)
     return model, done
+
+
+class _Scores(nn.Linear):
+    """A linear layer that computes in fp32 also where its input is bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight, self.bias)
+
+
+def _score_in_fp32(model: nn.Module, x: Tensor) -> None:
+    """Keep linear layers that give a score a class in fp32: with 8 bits near scores tie, and climbs see no slope."""
+    with torch.no_grad():
+        classes = model(x).shape[-1]
+    for module in model.modules():
+        if type(module) is nn.Linear and module.out_features == classes:
+            module.__class__ = _Scores
+
+
+def _has_tiles() -> bool:
+    """Tell whether the CPU multiplies matrices in bf16 by tiles (AMX)."""
+    known: Any = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch have none
+    return bool(known.get("amx_bf16"))
 
 
 def _attempt(

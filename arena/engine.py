@@ -10,7 +10,7 @@ import random
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +25,10 @@ from arena.threat import Threat
 
 #: State keys the engine owns beside ``x, y, index``: passes made for each row.
 FORWARDS, BACKWARDS = "_forwards", "_backwards"
+#: And in lower precision: forwards made once more in fp32, which are not among the others.
+AGAIN = "_again"
+#: Rows that are at work at a time, however small a batch is, as long as an image of each is at most so many numbers.
+LIVE, NUMBERS = 256, 2**24
 #: Optional state key (N,) bool: some query for the row was a break (``arena.auditing.observing``).
 SEEN = "_seen"
 
@@ -45,6 +49,8 @@ class Outcome:
     """(N,) int8: 1 claimed broken, 0 claimed not, -1 nothing claimed."""
     seen: Tensor
     """(N,) bool: the row was finished, and a query was seen to break it."""
+    again: Tensor
+    """(N,) int64: forwards that were made once more in fp32, beside ``forwards``."""
     moved: bool = False
     """Some query, or some returned point, differed from x."""
     malformed: dict[str, int] | None = None
@@ -63,7 +69,7 @@ class Outcome:
         """Make an outcome in which nothing has happened yet."""
         zeros = torch.zeros(len(x), dtype=torch.int64)
         claim = torch.full((len(x),), -1, dtype=torch.int8)
-        return cls(x.clone(), zeros.bool(), zeros.clone(), zeros.clone(), claim, zeros.bool())
+        return cls(x.clone(), zeros.bool(), zeros.clone(), zeros.clone(), claim, zeros.bool(), zeros.clone())
 
     def enter(self, place: Mapping[int, int], rows: Mapping[int, Row]) -> None:
         """Put in finished rows by data-set index, those that ``place`` gives a position."""
@@ -74,49 +80,15 @@ class Outcome:
         k = torch.tensor(places)
         self.x_adv[k.to(self.x_adv.device)] = torch.stack(x_adv).to(self.x_adv)
         self.attempted[k] = True
-        for kept, row in zip((self.forwards, self.backwards, self.claim, self.seen), numbers, strict=True):
+        every = (self.forwards, self.backwards, self.claim, self.seen, self.again)
+        for kept, row in zip(every, numbers, strict=True):
             kept[k] = torch.tensor(row).to(kept.dtype)
-
-    def claimed(self, target: Target, y: Tensor) -> Tensor:
-        """Return which finished rows the search took for broken, (N,) bool: they left early, were seen or say so still.
-
-        ``y`` (N,) are the labels; looking at the points once more is not counted.
-        """
-        wrong = target.clean(self.x_adv)[:, 0].argmax(1) != y
-        return self.attempted & (self.early | self.seen | wrong.cpu())
 
     @property
     def early(self) -> Tensor:
         """(N,) bool, on the CPU: left before their passes were spent, because a break was seen."""
         early = self.forwards.cpu() < self.most
         return early & self.seen.cpu() if self.gives_up else early
-
-    def replace(self, rows: Tensor, other: Outcome) -> None:
-        """Put in the outcome of another run over ``rows`` (positions, (M,)); the passes of both count."""
-        for name in ("x_adv", "attempted", "claim", "seen"):
-            getattr(self, name)[rows.to(getattr(self, name).device)] = getattr(other, name)
-        self.forwards[rows] += other.forwards
-        self.backwards[rows] += other.backwards
-        self.moved = self.moved or other.moved
-        self.error, self.trace = other.error, other.trace
-
-
-def confirm(outcome: Outcome, target: Target, y: Tensor, broken: Tensor, again: Callable[[Tensor], Outcome]) -> int:
-    """Attack in fp32 once more what a search in lower precision took for broken and the referee does not.
-
-    ``y`` (N,) are labels, ``broken`` (N,) the referee's word, ``again`` attacks rows by their positions. Changes
-    ``outcome`` and returns how many rows these were. After a crash none is attacked: they were then not attempted.
-    """
-    denied = outcome.claimed(target, y) & ~broken.cpu()
-    rows = denied.nonzero().squeeze(1)
-    if not len(rows):
-        return 0
-    outcome.attempted &= ~denied
-    if outcome.error:
-        return 0
-    with target.in_fp32():
-        outcome.replace(rows, again(rows))
-    return len(rows)
 
 
 class Keeper(Protocol):
@@ -154,8 +126,8 @@ Progress = Callable[[int, int], None]
 #: Seconds between two calls of it.
 TELL_EVERY = 0.2
 
-#: One finished row: (x_adv (C, H, W), forwards, backwards, claim, seen).
-Row = tuple[Tensor, int, int, int, int]
+#: One finished row: (x_adv (C, H, W), forwards, backwards, claim, seen, again).
+Row = tuple[Tensor, int, int, int, int, int]
 
 
 def run_iterated(
@@ -205,7 +177,10 @@ def run_iterated(
     active = set(state["index"].tolist()) if state is not None else set()
     queue = [k for i, k in place.items() if i not in finished and i not in active]
     done = len(finished)
-    width = target.batch_size
+    # More rows than a batch: of many survivors whole batches can be made, and the passes are the same.
+    width = max(target.batch_size, min(LIVE, NUMBERS // max(x[0].numel(), 1)) if len(x) else 0)
+    lower = target.precision != "fp32"
+    final: Callable[[State], Tensor] | None = getattr(attack, "final", None) if lower else None
     try:
         while queue or state is not None:
             size = 0 if state is None else len(state["y"])
@@ -213,12 +188,14 @@ def run_iterated(
             if queue and (size == 0 or width - size >= max(width // 8, 1)):
                 rows = torch.tensor(queue[: width - size])
                 queue = queue[width - size :]
-                fresh = _begin(attack, index[rows], x[rows], y[rows], clean[rows])
+                fresh = _begin(attack, index[rows], x[rows], y[rows], clean[rows], lower)
                 state = fresh if state is None else _merge(state, fresh)
             assert state is not None
             query = attack.ask(state)
             if draws > 1:
                 query = query.averaged(draws)
+            if final is not None:
+                query = replace(query, final=final(state))
             if not outcome.moved:
                 outcome.moved = bool((query.points != state["x"].unsqueeze(1)).any())
             answer = target.answer(query, state["y"])
@@ -226,6 +203,8 @@ def run_iterated(
             if answer.grad is not None:
                 backwards = backwards + query.backwards * (query.grad if isinstance(query.grad, Tensor) else 1)
             owned = {"x": state["x"], "y": state["y"], "index": state["index"]}
+            if answer.again is not None:
+                owned[AGAIN] = state[AGAIN] + answer.again
             state = {**attack.tell(state, answer), **owned, FORWARDS: forwards, BACKWARDS: backwards}
             leaving = state["done"]
             if bool(leaving.any()):
@@ -254,10 +233,13 @@ def run_iterated(
     return outcome
 
 
-def _begin(attack: IteratedAttack, index: Tensor, x: Tensor, y: Tensor, clean: Tensor) -> State:
+def _begin(attack: IteratedAttack, index: Tensor, x: Tensor, y: Tensor, clean: Tensor, lower: bool) -> State:
     zeros = torch.zeros(len(y), dtype=torch.int64, device=x.device)
     made = attack.start(index, x, y, clean)
-    return {**made, "x": x, "y": y, "index": index, FORWARDS: zeros, BACKWARDS: zeros.clone()}
+    begun = {**made, "x": x, "y": y, "index": index, FORWARDS: zeros, BACKWARDS: zeros.clone()}
+    if lower:
+        begun[AGAIN] = zeros.clone()
+    return begun
 
 
 def _merge(state: State, fresh: State) -> State:
@@ -287,9 +269,10 @@ def _finish(state: State, leaving: Tensor) -> dict[int, Row]:
         state[BACKWARDS][rows].tolist(),
         claims,
         seen,
+        state[AGAIN][rows].tolist() if AGAIN in state else [0] * len(rows),
         strict=True,
     )
-    return {i: (best[k], f, b, c, s) for k, (i, f, b, c, s) in enumerate(numbers)}
+    return {i: (best[k], *row) for k, (i, *row) in enumerate(numbers)}
 
 
 def run_plain(
@@ -352,7 +335,7 @@ def run_plain(
         for j, k in enumerate(rows.tolist()):
             cost = [s // len(rows) + (j < s % len(rows)) for s in spent]
             claim = -1 if claims is None else int(bool(claims[j]))
-            taken[int(index[k])] = (x_adv[j], cost[0], cost[1], claim, 0)
+            taken[int(index[k])] = (x_adv[j], cost[0], cost[1], claim, 0, 0)
         outcome.enter(place, taken)
         keeper.finished(taken, outcome.moved)
         keeper.snapshot(None, outcome.moved)

@@ -102,7 +102,8 @@ class AttackKeeper:
             if kept is None:
                 continue
             moved = moved or bool(kept["moved"])
-            kept.setdefault("seen", np.zeros_like(kept["index"]))
+            for name in ("seen", "again"):
+                kept.setdefault(name, np.zeros_like(kept["index"]))
             rows |= unpacked(kept)
         kept = _read(self.folder / f"{self.name}.state.npz")
         if kept is None:
@@ -189,7 +190,7 @@ def some(state: State, mask: Sequence[bool]) -> State | None:
 
 #: Keeps an attack's own state keys apart from the journal's and from the file format's.
 _STATE = "state."
-_NUMBERS = ((1, "forwards"), (2, "backwards"), (3, "claim"), (4, "seen"))
+_NUMBERS = ((1, "forwards"), (2, "backwards"), (3, "claim"), (4, "seen"), (5, "again"))
 
 
 def packed(rows: Mapping[int, Row]) -> dict[str, np.ndarray]:
@@ -209,7 +210,7 @@ def unpacked(arrays: Mapping[str, np.ndarray]) -> dict[int, Row]:
         return {}
     x_adv = torch.from_numpy(arrays["x_adv"])
     numbers = zip(*(arrays[k].tolist() for k in ("index", *(k for _, k in _NUMBERS))), strict=True)
-    return {i: (x_adv[k], f, b, c, s) for k, (i, f, b, c, s) in enumerate(numbers)}
+    return {i: (x_adv[k], *row) for k, (i, *row) in enumerate(numbers)}
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -25,8 +25,9 @@ from arena.target import DEFAULT_BATCH, STEP, Target, out_of_memory, padded
 SIZES = (32, 64, 128, 256, 512, 1024)
 #: Timed pairs of passes a size, after one that is not: at least, and at most in ``A_SIZE`` seconds.
 PASSES, MOST, A_SIZE = 2, 12, 0.01
-#: Seconds in which all sizes are tried. What a first batch of ``STEP`` rows takes is not among them.
-ENOUGH = 0.2
+#: Seconds in which all sizes are tried, or a share of what the match can take, up to so many seconds. What a first
+#: batch of ``STEP`` rows takes is not among them.
+ENOUGH, WORTH, TOO_LONG = 0.2, 0.002, 5.0
 #: Seconds that an attack's and the engine's own work takes for each batch, as measured on digits with square; so a
 #: small model's batches are large.
 OWN = 1e-3
@@ -58,12 +59,13 @@ class Pace:
         return Pace(self.batch_size, self.forward / workers, self.both / workers)
 
 
-def measure(target: Target, x: Tensor, batch_size: int | None = None) -> Pace | None:
+def measure(target: Target, x: Tensor, batch_size: int | None = None, passes: tuple[int, int] = (0, 0)) -> Pace | None:
     """Measure a target's bare passes on images (N, C, H, W), at the given batch size or at the best.
 
     The best is the one with the most rows a second among ``SIZES`` up to N that fit into memory and into the time.
     Sets the target's batch size. Where the time does not reach up to it, the passes of the largest batch that was timed
-    stand for it. Nothing is counted, and the global generator is left as it was.
+    stand for it. Nothing is counted, and the global generator is left as it was. ``passes`` are the most forwards and
+    backwards of the match: for a long one more sizes are tried.
 
     Returns:
         The pace; None for a model that cannot be measured, say because its gradient raises: it gets the default size.
@@ -71,7 +73,7 @@ def measure(target: Target, x: Tensor, batch_size: int | None = None) -> Pace | 
     wanted = None if batch_size is None else padded(batch_size)
     try:
         with seeded(0):
-            found = _measured(target, x, wanted)
+            found = _measured(target, x, wanted, passes)
     except Exception:  # the attacks will meet the same, and say so each for itself
         target.batch_size = wanted or DEFAULT_BATCH
         return None
@@ -79,15 +81,16 @@ def measure(target: Target, x: Tensor, batch_size: int | None = None) -> Pace | 
     return found
 
 
-def _measured(target: Target, x: Tensor, wanted: int | None) -> Pace:
+def _measured(target: Target, x: Tensor, wanted: int | None, passes: tuple[int, int]) -> Pace:
     most = min(padded(len(x)), wanted or SIZES[-1])
-    small = _timed(target, x, STEP, 0.0)
+    small = _timed(target, x, STEP, ENOUGH, 0.0)
+    enough = max(ENOUGH, min(WORTH * small.pace.bare(*passes), TOO_LONG))
     last, spent, full = small, 0.0, 0
     limit, a_row = float("inf"), 0.0
     found: list[_Timed] = []
     for size in (*(s for s in SIZES if s < most), most):
         soon = spent + (1 + PASSES) * size * (last.pace.forward + last.pace.both)
-        if soon > ENOUGH or (wanted is None and found and found[-1].cost > HOPELESS * min(f.cost for f in found)):
+        if soon > enough or (wanted is None and found and found[-1].cost > HOPELESS * min(f.cost for f in found)):
             break
         try:
             if wanted is None and not a_row:
@@ -95,7 +98,7 @@ def _measured(target: Target, x: Tensor, wanted: int | None) -> Pace:
             if a_row * size > limit:
                 full = size
                 break
-            last = _timed(target, x, size, spent)
+            last = _timed(target, x, size, enough, spent)
         except Exception as e:  # only a full memory is met here; all else goes on
             if not out_of_memory(e):
                 raise
@@ -125,7 +128,7 @@ class _Timed:
     """Seconds that the timing took."""
 
 
-def _timed(target: Target, x: Tensor, size: int, spent: float) -> _Timed:
+def _timed(target: Target, x: Tensor, size: int, enough: float, spent: float) -> _Timed:
     rows = x[torch.arange(size, device=x.device) % len(x)]
     times: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     began, took = time.perf_counter(), 0.0
@@ -133,7 +136,7 @@ def _timed(target: Target, x: Tensor, size: int, spent: float) -> _Timed:
         for grad, kept in times.items():
             kept.append(_seconds(partial(bare_pass, target, rows, grad), x.device))
         took = time.perf_counter() - began
-        if turn and took > A_SIZE and (turn >= PASSES or spent + took > ENOUGH):
+        if turn and took > A_SIZE and (turn >= PASSES or spent + took > enough):
             break
     forward, both = (statistics.median(wall for wall, _ in t[1:]) / size for t in times.values())
     cost = (sum(min(work for _, work in t[1:]) for t in times.values()) + OWN) / size

@@ -74,6 +74,8 @@ class Playing:
         self.paper = arranged.question.protocol == "paper"
         """All attacks meet all points, and what counts is where they end (``arena.paper``)."""
         self.limit = Limit(running.time_limit)
+        self.again = 0
+        """Forwards that a search in lower precision made once more in fp32."""
         self.stopped = False
         """The time limit left something undone."""
 
@@ -95,7 +97,6 @@ class Playing:
             self.running,
             self.registry,
             self.contender,
-            self.referee,
             pool,
             n_classes,
             torch.ones_like(self.correct) if self.paper else self.correct,
@@ -105,15 +106,17 @@ class Playing:
         )
         own = evaluation_of(arranged.plan)
         groups = line_up(arranged.entries, self.registry, self.surface, arranged.threat, n_classes, own)
-        tries = 2 if self.running.precision == "bf16" and not self.surface.random else 1
+        looks = 2 if self.running.precision == "bf16" and not self.surface.random else 1
         ground = self.attacker.ground
-        prices = Prices(lambda p: ground.setup(p, lambda name: None), ground.draws, tries)
+        prices = Prices(lambda p: ground.setup(p, lambda name: None), ground.draws, looks)
         groups = [within(group, arranged.question.budget, prices.cost) for group in groups]
         for text in filter(None, map(said, groups)):
             self.watch.say(text)
         points = len(pool) if self.paper else int(self.correct.sum())
         alone = self.paper or self.running.matrix
-        return groups, bill_of(groups, lambda p: prices.played(p, arranged.threat), points, alone), findings
+        bill = bill_of(groups, lambda p: prices.played(p, arranged.threat), points, alone)
+        self.attacker.passes = bill.forwards, bill.backwards
+        return groups, bill, findings
 
     def run(self, staff: Staff | None = None) -> tuple[dict[str, Any], Outcomes]:
         """Play everything, with the workers of a ``staff`` if there is one; return the record and what became of each
@@ -186,6 +189,7 @@ class Playing:
         self._play_shards(tally, rows, f"{number:03d}-{name}")
         if played.seconds < 1.5 * (time.monotonic() - began):  # most of it is this run's
             self.forecast.took(played.forwards, played.backwards, played.seconds)
+        self.again += tally.again
         self.stopped |= tally.unfinished
         tally.close(str(self.limit))
         self._still_the_same(planned, played, findings)
@@ -276,7 +280,7 @@ class Playing:
         if near_chance(natural, k):
             record["notes"].append(f"natural accuracy {natural:.1f} % is near chance ({100 / k:.1f} %): is it trained?")
         if self.attacker.searched:
-            self.attacker.search.enter(record)
+            self.attacker.search.enter(record, self.again)
         record["provenance"]["seconds"] = round(time.monotonic() - self.clock, 3)
         outcomes = Outcomes.of(self.arranged.index, self.correct, self.correct & ~standing)
         return record, outcomes

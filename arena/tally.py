@@ -27,6 +27,8 @@ class Tally:
         self.done = 0
         """Points that the attack finished, whatever the referee says of them."""
         self.moved = False
+        self.again = 0
+        """Forwards that a search in lower precision made once more in fp32; they are among ``played.forwards``."""
         self.lucky = 0
         """Points that left at draws which the majority does not confirm."""
 
@@ -55,7 +57,8 @@ class Tally:
         if outcome.gives_up:
             left = outcome.attempted.cpu() & (outcome.forwards.cpu() < outcome.most)
             played.given_up += int((left & ~outcome.early & ~wrong).sum())
-        played.forwards += int(outcome.forwards.sum())
+        played.forwards += int(outcome.forwards.sum() + outcome.again.sum())
+        self.again += int(outcome.again.sum())
         played.backwards += int(outcome.backwards.sum())
         played.borderline += verdict.borderline
         self._violated(verdict.violations)

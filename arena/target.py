@@ -43,6 +43,16 @@ def padded(rows: int) -> int:
     return max(PAD, -(-rows // STEP) * STEP)
 
 
+def piece(rows: int, most: int) -> int:
+    """Return how many of so many rows the next batch takes.
+
+    Batches are of about the same size, because a row of a small one costs more; none but the last needs padding.
+    """
+    batches = -(-rows // most)
+    even, needed = rows // batches // STEP * STEP, padded(rows - (batches - 1) * most)
+    return min(max(even, needed), rows)
+
+
 def pad(x: Tensor) -> Tensor:
     """Repeat the last row until the batch has a physical size."""
     missing = padded(x.shape[0]) - x.shape[0]
@@ -64,7 +74,8 @@ class Target:
     sources: dict[str, nn.Module] = field(default_factory=dict)
     """Other models by name, for surrogates that are one of them; in eval mode, without gradients of parameters."""
     precision: str = "fp32"
-    """``fp32``, or ``bf16``: passes under autocast; what is read of them is brought to fp32."""
+    """``fp32``, or ``bf16``: passes under autocast; what is read of them is brought to fp32. A mistake that bf16 sees
+    is looked at once more in fp32, so no attack lets a point go that stands."""
 
     def __post_init__(self) -> None:
         keep_freed_memory()
@@ -89,13 +100,15 @@ class Target:
 
     def logits(self, x: Tensor) -> Tensor:
         """Return main logits (N, K) of images (N, C, H, W), without gradient."""
-        return self.answer(Query(x.unsqueeze(1)), x.new_zeros(len(x), dtype=torch.int64)).logits[:, 0]
+        none = x.new_zeros(len(x), dtype=torch.int64)
+        return self.answer(Query(x.unsqueeze(1), final=none.bool()), none).logits[:, 0]
 
     def clean(self, x: Tensor) -> Tensor:
         """Return logits and head scores (N, terms, K), without gradient and without counting."""
         before = Meter(self.meter.forwards, self.meter.backwards)
         weights = x.new_ones(len(x), 1 + len(self.surface.heads))
-        answer = self.answer(Query(x.unsqueeze(1), weights=weights), x.new_zeros(len(x), dtype=torch.int64))
+        none = x.new_zeros(len(x), dtype=torch.int64)
+        answer = self.answer(Query(x.unsqueeze(1), weights=weights, final=none.bool()), none)
         self.meter = before
         return answer.logits if answer.scores is None else answer.scores[:, 0]
 
@@ -135,7 +148,7 @@ class Target:
         flat = query.points.flatten(0, 1)
         parts, start, total = [], 0, n * m
         while start < total:
-            stop = min(start + self.batch_size, total)
+            stop = start + piece(total - start, self.batch_size)
             try:
                 parts.append(self._batch(query, flat, y, rows, slice(start, stop), bool(wants) and query.climbs))
                 start = stop
@@ -147,8 +160,8 @@ class Target:
                 full = False
             if full:  # outside the handler, where nothing holds the failed pass any more
                 self.shrink()
-        whole = parts[0] if len(parts) == 1 else tuple(_joined([p[k] for p in parts]) for k in range(6))
-        values, logits, errors, grads, scores, gates = whole
+        whole = parts[0] if len(parts) == 1 else tuple(_joined([p[k] for p in parts]) for k in range(7))
+        values, logits, errors, grads, scores, gates, again = whole
         assert values is not None
         assert logits is not None
         assert errors is not None
@@ -159,6 +172,7 @@ class Target:
             errors.view(n, m),
             None if scores is None else scores.view(n, m, *scores.shape[1:]),
             None if gates is None else gates.view(n, m, -1),
+            None if again is None else again.view(n, m).sum(1),
         )
 
     def shrink(self) -> None:
@@ -171,7 +185,7 @@ class Target:
         """Answer a query some of whose rows want a gradient: two groups, so that no gradient is wasted."""
         n = len(query.points)
         grad = torch.zeros_like(query.points)
-        merged: dict[str, Tensor | None] = dict.fromkeys(("values", "logits", "errors", "scores", "gates"))
+        merged: dict[str, Tensor | None] = dict.fromkeys(("values", "logits", "errors", "scores", "gates", "again"))
         for group, with_grad in ((wants, True), (~wants, False)):
             index = group.nonzero().squeeze(1)
             answer = self.answer(replace(_rows(query, index, with_grad), points=query.points[index]), y[index])
@@ -189,7 +203,7 @@ class Target:
         assert merged["values"] is not None
         assert merged["logits"] is not None
         assert merged["errors"] is not None
-        return Answer(merged["values"], grad, merged["logits"], merged["errors"], merged["scores"], merged["gates"])
+        return Answer(grad=grad, **merged)  # type: ignore[arg-type]
 
     def _batch(
         self, query: Query, flat: Tensor, y: Tensor, rows: Tensor | None, cut: slice, grad: bool
@@ -216,10 +230,14 @@ class Target:
                 with torch.no_grad():
                     logits = self._cast(self._reader, x).logits
                 _add(totals, (None, logits, _errors(logits, labels)), count)
+        found = [t / n if n > 1 and t is not None else t for t, n in zip(totals, draws, strict=True)]
+        again = None
+        if self.precision != "fp32":
+            found[1], found[2], again = self._looked_again(found[1], found[2], x, labels, part.final)
         # Counted last: a batch that the memory does not hold is asked again.
         self.meter.forwards += query.forwards // query.points.shape[1] * count
         self.meter.backwards += count * query.draws * grad
-        return tuple(t / n if n > 1 and t is not None else t for t, n in zip(totals, draws, strict=True))
+        return *found, again
 
     def _pass(self, query: Query, x: Tensor, y: Tensor, grad: bool) -> tuple[Tensor | None, ...]:
         """Return values, logits, errors, gradient, scores and gates of one pass: the surrogate's, if there is one."""
@@ -240,6 +258,22 @@ class Target:
             value, logits = value.detach(), logits.detach()
             scores, gates = (None if t is None else t.detach() for t in (scores, gates))
         return value, logits, _errors(logits, y), gradient, scores, gates
+
+    def _looked_again(
+        self, logits: Tensor | None, errors: Tensor | None, x: Tensor, y: Tensor, final: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits and errors, fp32's for mistakes that count, and the forwards that each row took, (count,)."""
+        assert logits is not None
+        assert errors is not None
+        doubt = errors > 0 if final is None else (errors > 0) & final[: len(errors)]
+        rows = doubt.nonzero().squeeze(1)
+        if len(rows):
+            with self.in_fp32(), torch.no_grad():
+                seen = self._cast(self._reader, pad(x.index_select(0, rows))).logits[: len(rows)]
+            logits = logits.index_copy(0, rows, seen)
+            errors = errors.index_copy(0, rows, _errors(seen, y.index_select(0, rows)))
+            self.meter.forwards += len(rows)
+        return logits, errors, doubt.to(torch.int64)
 
     def _read(self, x: Tensor, query: Query) -> Reading:
         source = query.surrogate.source if query.surrogate else ""
@@ -333,6 +367,7 @@ def _rows(query: Query, index: Tensor, grad: bool) -> Query:
         grad=grad,
         surrogate=query.surrogate.rows(index) if query.surrogate else None,
         gates=query.gates.rows(index) if query.gates is not None else None,
+        final=part(query.final),
     )
 
 

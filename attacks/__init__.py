@@ -107,12 +107,12 @@ _APGD = (
         BOTH,
         iterate="arena_attacks.staged:staged",
         options={
-            "lanes": Option(4, "climbs and proposals side by side, at least 1", low=1),
+            "lanes": Option(5, "climbs and proposals side by side, at least 1", low=1),
             "look": Option(7, "steps of each first climb, at least 1, at most `steps`", low=1),
             "glance": Option(3, "random proposals after them, so many a lane, at least 1", low=1),
-            "steps": steps(40),
-            "search": Option(13, "random proposals a round, so many a lane, at least 1", low=1),
-            "rounds": Option(6, "most rounds, at least 1", low=1),
+            "steps": steps(20),
+            "search": Option(10, "random proposals a round, so many a lane, at least 1", low=1),
+            "rounds": Option(5, "most rounds, at least 1", low=1),
             "hope": Option(
                 0.27, "a point gets a round where the margin lacks at most this times what was won, 0 to inf", low=0
             ),

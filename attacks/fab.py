@@ -14,6 +14,9 @@ from arena.attack import Answer, Query, Setup, State
 from .hyperplane import displacement
 from .steps import TINY, lengths, ranked, rows, some, wrong
 
+#: Radii that count as the ball's own, so that rounding hides no point that lies in it.
+NEARLY = 1.001
+
 
 class Fab:
     """An iteration is two asks: the gradient at the iterate (phase 0), then the class of the new point (phase 1)."""
@@ -52,6 +55,11 @@ class Fab:
             target=state["targets"].gather(1, place.view(-1, 1)).squeeze(1),
             grad=~state["scoring"],
         )
+
+    def final(self, state: State) -> Tensor:
+        """Tell (N,) which points lie in the ball, or as good as: a mistake farther out ends nothing."""
+        norm = self._norm((state["point"] - state["x"]).flatten(1)).squeeze(1)
+        return norm <= self.setup.threat.radius * NEARLY
 
     def tell(self, state: State, answer: Answer) -> State:
         """Step to the boundary (phase 0); keep what is misclassified and nearer, and step back (phase 1)."""

@@ -107,7 +107,7 @@ def quick(surface: Surface, threat: Threat, n_classes: int) -> list[Entry]:
     _only("quick", threat)
     few = {"steps": 10}
     if surface.random:
-        return [("apgd_ce", few), ("staged", {"rounds": 5}), ("square", {"queries": 25})]
+        return [("apgd_ce", few), ("staged", {"rounds": 4}), ("square", {"queries": 25})]
     entries: list[Entry] = [("apgd_ce", few)]
     if surface.heads:
         entries += [("apgd_ce", {**few, "head": next(iter(surface.heads))})]

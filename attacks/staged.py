@@ -212,7 +212,7 @@ class Staged(Apgd):
         x, best = (state[k].repeat_interleave(self.lanes, 0) for k in ("x", "best"))
         count = 3 + channels
         words = self.setup.stream.bits(state["index"], PROPOSALS, state["tried"], self.lanes * count)
-        words = words.view(-1, count)
+        words = words.reshape(-1, count)
         share = (words[:, 0] >> 8).to(torch.float32) * 2.0**-24
         largest = max(min(height, width) // 2, 1)
         side = torch.exp2(share.square() * math.log2(largest + 0.5)).long().clamp(1, largest)
@@ -248,12 +248,12 @@ def _interval(word: Tensor, side: Tensor, length: int) -> Tensor:
 def staged(
     setup: Setup,
     *,
-    lanes: int = 4,
+    lanes: int = 5,
     look: int = 7,
     glance: int = 3,
-    steps: int = 40,
-    search: int = 13,
-    rounds: int = 6,
+    steps: int = 20,
+    search: int = 10,
+    rounds: int = 5,
     hope: float = 0.27,
     fade: float = 0.55,
 ) -> Staged:

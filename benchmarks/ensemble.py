@@ -30,7 +30,7 @@ from arena.lineup import check_entries
 from arena.plugins import registry
 
 PARTS = ("runs", "members", "overhead", "frontier")
-FRONTIER = "apgd_ce(steps=10),apgd_t(steps=20),staged,staged(lanes=5),staged(lanes=6,rounds=10,hope=0.5,fade=0.7)"
+FRONTIER = "apgd_ce(steps=10),apgd_t(steps=20),staged,staged(lanes=8),staged(lanes=8,rounds=10,hope=0.5,fade=0.7)"
 
 
 def settings_of(given: argparse.Namespace) -> Settings:
@@ -95,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--cifar-n", type=int, default=256, help="points on CIFAR-10, in the file's order")
     made.add_argument("--fast", default="quick", help="the roster that is to be as good for less")
     made.add_argument("--full", default="autoattack", help="the roster that it is compared with")
-    made.add_argument("--bf16", action="store_true", help="play the fast roster in bf16 too")
+    made.add_argument("--bf16", action="store_true", help="play both rosters in bf16 too")
     made.add_argument("--frontier", default=FRONTIER, help="more entries to set against passes")
     made.add_argument("--pairs", type=int, default=1, help="runs of each way; ways take turns")
     made.add_argument("--threads", default=str(torch.get_num_threads()), help="torch's threads; 2,1 measures both")

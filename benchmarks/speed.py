@@ -25,7 +25,6 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +35,7 @@ from arena.attack import Setup
 from arena.auditing.observing import Observed
 from arena.cheaper import make_cheaper
 from arena.datasets import describe, open_images, to_float
-from arena.engine import Outcome, confirm, run_iterated
+from arena.engine import run_iterated
 from arena.errors import ArenaError
 from arena.home import atomic_write
 from arena.lineup import Planned, line_up
@@ -169,22 +168,12 @@ def play(case: Case, attacks: Sequence[Planned], target: Target, referee: Refere
         began = clock(device)
         outcome = run_iterated(attack, target, x, y, index)
         seconds += clock(device) - began
-        if target.precision == "bf16":
-            word = referee.judge(x, outcome.x_adv, y, index).broken
-            began = clock(device)
-            confirm(outcome, target, y, word, partial(_again, attack, target, x, y, index))
-            seconds += clock(device) - began
         if outcome.error:
             raise ArenaError(f"{planned.name}: {outcome.error}")
         standing[standing.clone()] = ~referee.judge(x, outcome.x_adv, y, index).broken
     forwards, backwards = target.meter.forwards, target.meter.backwards
     cost = (forwards - backwards) * forward + backwards * both
     return Run(seconds, cost, forwards, backwards, int((~standing).sum()), target.batch_size)
-
-
-def _again(attack: Observed, target: Target, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> Outcome:
-    rows = rows.to(x.device)
-    return run_iterated(attack, target, x[rows], y[rows], index[rows])
 
 
 def bare(target: Target, x: Tensor, device: str, passes: int = 7) -> tuple[float, float]:

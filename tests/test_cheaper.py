@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -318,7 +320,7 @@ def test_bf16_passes_are_in_bf16_and_what_is_read_is_fp32():
     seen = []
     model.block2.conv.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
     target = Target(model, Surface(), 10, 64, precision="bf16")
-    query = Query(x.unsqueeze(1), "ce", grad=True)
+    query = Query(x.unsqueeze(1), "ce", grad=True, final=torch.zeros(32, dtype=torch.bool))
     answer = target.answer(query, torch.zeros(32, dtype=torch.int64))
     assert answer.logits.dtype == answer.grad.dtype == answer.values.dtype == torch.float32
     with target.in_fp32():
@@ -326,6 +328,48 @@ def test_bf16_passes_are_in_bf16_and_what_is_read_is_fp32():
     assert seen == [torch.bfloat16, torch.float32]
     assert not torch.equal(answer.logits, exact.logits)
     assert torch.allclose(answer.logits, exact.logits, atol=0.1)
+
+
+def test_a_mistake_that_bf16_sees_is_fp32s_word_where_it_counts():
+    x = images()
+    target = Target(lived(backbone("cnn", (1, 8, 8), 8)), Surface(), 10, 16, precision="bf16")
+    with target.in_fp32():
+        exact = target.logits(x)
+    y = exact.argmax(1)
+    y[::2] = (y[::2] + 1) % 10  # half of them are mistakes
+    count = torch.arange(32) % 4 < 2
+    query = Query(torch.stack((x, x), 1), final=count)
+    before = target.meter.forwards
+    answer = target.answer(query, y)
+    assert answer.again.tolist() == (2 * (count & (exact.argmax(1) != y))).tolist()
+    assert target.meter.forwards - before == 64 + int(answer.again.sum())
+    seen = (answer.logits == exact.unsqueeze(1)).all(2)
+    assert torch.equal(seen[:, 0], answer.again > 0)
+    plain = replace(query, final=None)
+    with target.in_fp32():
+        assert target.answer(plain, y).again is None
+
+    class Denied(Target):
+        def _cast(self, read, x):
+            found = super()._cast(read, x)
+            return replace(found, logits=-found.logits) if self.precision == "bf16" else found
+
+    denied = Denied(target.model, Surface(), 10, 16, precision="bf16")
+    with torch.no_grad():
+        assert not denied.answer(plain, exact.argmax(1)).errors.any()
+
+
+def test_scores_of_a_search_in_bf16_do_not_tie():
+    def build() -> nn.Module:
+        return lived(backbone("cnn", (1, 8, 8), 8))
+
+    model, done = make_cheaper(build, Surface(), images(), "bf16")
+    assert done.precision == "bf16"
+    target = Target(model, Surface(), 10, precision="bf16")
+    scores = target.logits(images())
+    assert not torch.equal(scores, scores.bfloat16().float())
+    coarse = Target(make_cheaper(build, Surface(), images())[0], Surface(), 10, precision="bf16").logits(images())
+    assert torch.equal(coarse, coarse.bfloat16().float())
 
 
 def test_surrogates_are_read_in_bf16_too():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from arena import pace
@@ -11,7 +13,7 @@ from arena.attack import Query
 from arena.pace import SIZES, Pace, free_memory, measure, memory_of_a_row
 from arena.surface import Knob, Surface
 from arena.surrogate import Surrogate
-from arena.target import DEFAULT_BATCH, Target, out_of_memory
+from arena.target import DEFAULT_BATCH, Target, out_of_memory, padded, piece
 
 
 class Small(nn.Module):
@@ -42,6 +44,18 @@ X = torch.rand(300, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(300) % 10
 
 
+@given(rows=st.integers(1, 2000), most=st.integers(2, 40).map(lambda k: 8 * k))
+def test_rows_are_cut_into_as_few_batches_as_fit_and_hardly_any_is_padded(rows, most):
+    sizes = []
+    while sum(sizes) < rows:
+        sizes.append(piece(rows - sum(sizes), most))
+    assert sum(sizes) == rows
+    assert len(sizes) == -(-rows // most)
+    assert max(map(padded, sizes)) <= most
+    assert all(size == padded(size) for size in sizes[:-1])
+    assert max(sizes) - min(sizes) < max(most // 2, 3 * 8)
+
+
 @pytest.mark.parametrize("error", OUT)
 def test_a_full_memory_halves_the_batch_and_changes_no_answer(error):
     query = Query(X.unsqueeze(1), "ce", grad=True)
@@ -50,7 +64,7 @@ def test_a_full_memory_halves_the_batch_and_changes_no_answer(error):
     target = Target(model, Surface(), 10, 256)
     answer = target.answer(query, Y)
     assert target.batch_size == 32
-    assert model.sizes[:4] == [256, 128, 64, 32]
+    assert model.sizes[:4] == [144, 96, 56, 24]  # of 300 rows, in batches of 256, 128, 64 and 32 at most
     assert max(model.sizes[3:]) == 32  # once is enough
     for name in ("values", "grad", "logits", "errors"):
         assert torch.equal(getattr(answer, name), getattr(expected, name))

@@ -1,7 +1,8 @@
-"""The search copy of a match: guarded also when it is folded, plain attacks work on it, a second try is bounded."""
+"""The search copy of a match: guarded also when it is folded, plain attacks work on it, second looks are bounded."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from functools import partial
 
@@ -125,7 +126,7 @@ def test_plain_attacks_get_gradients_they_can_take_views_of(n):
         assert bool((grads[1] != 0).any())
 
 
-# -- bf16's second try ------------------------------------------------------------------------------------------
+# -- bf16's second looks ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -142,15 +143,15 @@ def ask(tmp_path, arena_home):
 
 @pytest.fixture
 def lying(monkeypatch):
-    """Searches in bf16 call every point broken, at their last step: each is attacked twice, in full."""
+    """Searches in bf16 see a mistake at every point that stands."""
 
-    class Late(Target):
-        def clean(self, x):
-            seen = super().clean(x)
-            return -seen if self.precision == "bf16" else seen
+    class Lying(Target):
+        def _cast(self, read, x):
+            seen = super()._cast(read, x)
+            return dataclasses.replace(seen, logits=-seen.logits) if self.precision == "bf16" else seen
 
     def plant():
-        monkeypatch.setattr("arena.search.Target", Late)
+        monkeypatch.setattr("arena.search.Target", Lying)
 
     return plant
 
@@ -159,36 +160,35 @@ def spent(record):
     return sum(r["forwards"] for r in record["attacks"]), sum(r["backwards"] for r in record["attacks"])
 
 
-def test_points_attacked_twice_stay_under_the_bound_and_reach_it(ask, lying):
+def test_points_looked_at_twice_stay_under_the_bound_and_reach_it(ask, lying):
     exact = ask("fp32", eps="1/100000").record
     lying()
     record = ask(eps="1/100000").record
-    assert record["provenance"]["search"]["again"] == sum(r["attempted"] for r in record["attacks"]) > 0
-    assert record["cost"] == {**exact["cost"], "forwards": 2 * spent(exact)[0], "backwards": 2 * spent(exact)[1]}
+    assert record["provenance"]["search"]["again"] == spent(exact)[0] > 0
+    assert record["cost"] == {**exact["cost"], "forwards": 2 * spent(exact)[0], "backwards": spent(exact)[1]}
     assert spent(record) == (record["cost"]["forwards"], record["cost"]["backwards"])
 
 
-def test_a_budget_is_for_one_try(ask):
+def test_a_budget_is_the_same_in_both_precisions(ask):
     records = [ask(p, vs=("autoattack",), budget=400, n=8).record for p in ("fp32", "bf16")]
     line_ups = [[r["name"] for r in record["attacks"]] for record in records]
     assert line_ups[0] == line_ups[1] != []
 
 
-def test_a_time_limit_stops_the_second_try_and_it_goes_on(ask, lying, monkeypatch, tmp_path):
+def test_second_looks_are_counted_through_stops_as_in_one_go(ask, lying, monkeypatch, tmp_path):
     monkeypatch.setattr(arena.playing, "Limit", lambda s: Limit(s, partial(next, itertools.count())))
     lying()
     stopped = []
     while (answered := ask(limit=9)).record["stopped"]:
         stopped.append(answered.record)
         assert len(stopped) < 40
-    assert any(0 < r["attacks"][0]["attempted"] < r["attacks"][0]["forwards"] for r in stopped)
-    assert any(r["provenance"]["search"]["again"] for r in stopped)
     for record in stopped:
         assert spent(record)[0] <= record["cost"]["forwards"]
         assert "partial" in {r["status"] for r in record["attacks"]}
     monkeypatch.setenv("ARENA_HOME", str(tmp_path / "another"))
     whole = ask().record
     drop = partial(map, lambda row: {k: v for k, v in row.items() if k != "seconds"})
+    assert len(stopped) > 1
     assert [*drop(answered.record["attacks"])] == [*drop(whole["attacks"])]
     assert answered.record["worst_case"] == whole["worst_case"]
     assert answered.record["provenance"]["search"]["again"] == whole["provenance"]["search"]["again"] > 0

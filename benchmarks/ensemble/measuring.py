@@ -45,7 +45,7 @@ class Settings:
     fast: str
     full: str
     bf16: bool
-    """Play the fast roster in bf16 too."""
+    """Play both rosters in bf16 too."""
     frontier: tuple[str, ...]
     pairs: int
     threads: tuple[int, ...]
@@ -114,6 +114,11 @@ class Found:
 Say = Callable[[str], None]
 
 
+def in_bf16(way: str) -> str:
+    """Name the way of a roster that is played in bf16."""
+    return f"{way}, bf16"
+
+
 def opposing(member: str, variant: str = "") -> str:
     """Name the way of torchattacks' member, or of a variant of it."""
     return ", ".join(word for word in (member, "torchattacks", variant) if word)
@@ -158,8 +163,8 @@ class Bench:
         """List the whole evaluations that take turns."""
         s = self.settings
         known = {
-            "fast": [s.fast, *([f"{s.fast}, bf16"] if s.bf16 else [])],
-            "full": [s.full],
+            "fast": [s.fast, *([in_bf16(s.fast)] if s.bf16 else [])],
+            "full": [s.full, *([in_bf16(s.full)] if s.bf16 else [])],
             "plain": [f"{s.full}, plain"],
             "reference": ["reference"] if self.peers.has("pyautoattack") else [],
         }

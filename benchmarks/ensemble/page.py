@@ -17,7 +17,7 @@ from arena.home import atomic_write
 
 from . import tables
 from .frontier import figure, frontier, spots
-from .measuring import Found, Run, Settings
+from .measuring import Found, Run, Settings, in_bf16
 from .tables import Compared, compare, couples, number, ratio, times
 
 #: What is asked of the fast roster and of the full one.
@@ -25,6 +25,8 @@ POOLED_GAP, CASE_GAP = 0.3, 1.0
 FEWER = {"forwards": 40.0, "backwards": 10.0, "seconds": 40.0}
 FULL_FASTER = 3.0
 OVERHEAD = {"pgd": 1.05, "full": 1.15}
+#: Below it a paired test tells outcomes apart.
+EQUAL_P = 0.05
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Ways:
         """The full roster, driven plainly."""
         return f"{self.full}, plain"
 
+    @staticmethod
+    def known(runs: Sequence[Run], way: str) -> list[str]:
+        """A roster, and the same in bf16, as far as they were played."""
+        return [w for w in (way, in_bf16(way)) if w == way or tables.pick(runs, way=w)]
+
 
 def yes(holds: bool | None) -> str:
     """Write whether something holds."""
@@ -46,32 +53,50 @@ def yes(holds: bool | None) -> str:
 
 
 def asked(found: Found, ways: Ways) -> Table:
-    """Set what is asked against what was measured."""
+    """Set what is asked against what was measured, in fp32 and where it was played in bf16."""
     rows = [["asked", "bound", "measured", "holds"]]
-    runs, fast, full = found.runs, ways.fast, ways.full
-    word = compare(couples(runs, fast, full))
-    rows.append(_gap(f"`{fast}` not above `{full}`, pooled, points", POOLED_GAP, word))
+    runs, full = found.runs, ways.full
+    threads = runs[0].threads if runs else 0
+    turn = [r for r in runs if r.threads == threads]
+    for fast in ways.known(runs, ways.fast):
+        rows += _worst_cases(runs, fast, full)
+        for key, bound in FEWER.items():
+            found_ratio = ratio(turn, ways.plain, fast, key)
+            rows.append(_least(f"{key}, the plain run over `{fast}`", bound, found_ratio))
+        for key in FEWER:
+            rows.append(
+                [f"{key}, `{full}` over `{fast}`", tables.DASH, times(ratio(turn, full, fast, key)), tables.DASH]
+            )
+    for name in ways.known(runs, full):
+        rows.append(_equal(compare(couples(runs, name, ways.plain)), name, name == full))
+        faster = ratio(turn, ways.plain, name, "seconds")
+        rows.append(_least(f"seconds, the plain run over `{name}`", FULL_FASTER, faster))
+    rows += _overheads(found.overhead, full)
+    moving = differing_runs([r for r in runs if r.way != "reference"])
+    rows.append(["runs of one way that differ in points or passes", "0", str(moving), yes(moving == 0)])
+    return Table(rows)
+
+
+def _worst_cases(runs: Sequence[Run], fast: str, full: str) -> list[list[str]]:
+    rows = [_gap(f"`{fast}` not above `{full}`, pooled, points", POOLED_GAP, compare(couples(runs, fast, full)))]
     each = {case: compare(couples(runs, fast, full, case)) for case in tables.cases_of(runs)}
     known = {case: w for case, w in each.items() if w is not None}
     if known:
         case = max(known, key=lambda c: known[c].gap)
         rows.append(_gap(f"`{fast}` not above `{full}` on any model, points; worst: `{case}`", CASE_GAP, known[case]))
-    threads = runs[0].threads if runs else 0
-    turn = [r for r in runs if r.threads == threads]
-    for key, bound in FEWER.items():
-        found_ratio = ratio(turn, ways.plain, fast, key)
-        rows.append(_least(f"{key}, the plain run over `{fast}`", bound, found_ratio))
-    for key in FEWER:
-        rows.append([f"{key}, `{full}` over `{fast}`", tables.DASH, times(ratio(turn, full, fast, key)), tables.DASH])
-    same = compare(couples(runs, full, ways.plain))
-    differing = None if same is None else same.only_a + same.only_b
-    holds = None if differing is None else differing == 0
-    rows.append([f"points on which `{full}` and the plain run differ", "0", _count(differing), yes(holds)])
-    rows.append(_least(f"seconds, the plain run over `{full}`", FULL_FASTER, ratio(turn, ways.plain, full, "seconds")))
-    rows += _overheads(found.overhead, full)
-    moving = differing_runs([r for r in runs if r.way in (fast, full, ways.plain)])
-    rows.append(["runs of one way that differ in points or passes", "0", str(moving), yes(moving == 0)])
-    return Table(rows)
+    return rows
+
+
+def _equal(word: Compared | None, name: str, exact: bool) -> list[str]:
+    """Write whether a roster's outcomes are the plain run's: point by point, or in bf16 by the paired test."""
+    says = f"points on which `{name}` and the plain run differ"
+    if exact:
+        differing = None if word is None else word.only_a + word.only_b
+        return [says, "0", _count(differing), yes(None if differing is None else differing == 0)]
+    if word is None:
+        return [says, f"p at least {EQUAL_P:g}", tables.DASH, tables.DASH]
+    measured = f"{word.only_a} and {word.only_b}, p = {tables.p_value(word.p)}"
+    return [says, f"p at least {EQUAL_P:g}", measured, yes(word.p >= EQUAL_P)]
 
 
 def differing_runs(runs: Sequence[Run]) -> int:
@@ -139,6 +164,7 @@ NOTES = """\
   FAB-T of 100 iterations, then 5,000 queries of Square, each on what the one before left. `pyautoattack` packages the
   authors' code: settings, order and survivors are theirs; how it is called and what it logs are not. What it returns is
   judged by arena's referee. Its noise is its own: its outcomes are compared by test, not point by point.
+- *bf16* is the same with `--precision bf16`; forwards that looked at a mistake once more in fp32 count.
 - *only* counts points over all train seeds that one side alone breaks. p is McNemar's exact test in which an image
   counts once, for the side that alone breaks it on more of the models that share it.
 - *gap* is the first side's robust accuracy less the second's, in points: below zero the first finds more.
@@ -153,17 +179,17 @@ NOTES = """\
 def write(out: Path | None, found: Found, settings: Settings, ways: Ways, command: str, versions: Sequence[str]) -> str:
     """Return the page, and write it with its figure where ``out`` is given."""
     drawn = spots(found.runs, (*settings.frontier, ways.fast, ways.full), ways.full)
-    fast = [w for w in (ways.fast, f"{ways.fast}, bf16") if tables.pick(found.runs, way=w)]
-    all_ways = [*fast, ways.full, ways.plain, "reference"]
-    others = [ways.plain, ways.full, "reference"]
+    fast, full = ways.known(found.runs, ways.fast), ways.known(found.runs, ways.full)
+    all_ways = [*fast, *full, ways.plain, "reference"]
+    others = [ways.plain, *full, "reference"]
     parts: list[tuple[str, Table]] = [
         ("What was asked", asked(found, ways)),
         ("Models", tables.models(found.runs, ways.full)),
-        (f"`{ways.fast}` against `{ways.full}`", tables.outcomes(found.runs, ways.fast, ways.full)),
+        *((f"`{way}` against `{ways.full}`", tables.outcomes(found.runs, way, ways.full)) for way in fast),
         ("Times less", tables.savings(found.runs, fast, others)),
         ("Passes and seconds", tables.cost(found.runs, all_ways)),
         ("Attack by attack", tables.by_attack(found.runs, all_ways)),
-        (f"`{ways.full}` against the plain run and the reference", tables.faithful(found.runs, ways.full, ways.plain)),
+        (f"`{ways.full}` against the plain run and the reference", tables.faithful(found.runs, full, ways.plain)),
         ("Members against torchattacks'", tables.members(found.members)),
         ("Overhead over bare passes", tables.overhead(found.overhead)),
         ("Robust accuracy against passes", frontier(drawn, ways.full)),

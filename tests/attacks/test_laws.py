@@ -16,7 +16,7 @@ SHORT = {
     "apgd_dlr": {"steps": 12, "head": "early"},
     "apgd_t": {"steps": 9, "targets": 3, "restarts": 2},
     "fab_t": {"steps": 6, "targets": 3, "restarts": 2},
-    "staged": {"lanes": 2, "look": 3, "glance": 3, "steps": 5, "search": 3, "rounds": 3, "hope": float("inf")},
+    "staged": {"lanes": 3, "look": 3, "glance": 3, "steps": 5, "search": 3, "rounds": 3, "hope": float("inf")},
     "square": {"queries": 75, "restarts": 2},
     "nes": {"steps": 4, "pairs": 5, "restarts": 2},
     "rays": {"queries": 60},

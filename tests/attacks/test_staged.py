@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from arena_attacks.staged import staged
 from hypothesis import given, settings
@@ -140,3 +141,24 @@ def test_it_stays_in_the_ball_and_more_hope_costs_no_less(slopes, gaps, look, ho
     (some, fell), (more, fell_too) = spent
     assert (more >= some).all()
     assert (fell_too | ~fell).all()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("lanes", [1, 2, 3, 5])
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_proposals_of_any_number_of_lanes_and_channels_change_one_square_each(channels, lanes, norm):
+    threat, shape = Threat.parse(norm, "0.1"), (channels, 6, 8)
+    setup = Setup(threat, 10, Surface(), shape, Stream.of(0, "staged"), lambda name: None)
+    made = staged(setup, lanes=lanes)
+    x = torch.rand(4, *shape, generator=torch.Generator().manual_seed(0))
+    index = torch.arange(4)
+    state = {"x": x, "best": x, "index": index, "tried": torch.ones_like(index)}
+    points = made._propose(state)["point"]
+    assert points.shape == (4, lanes, *shape)
+    moved = (points - x.unsqueeze(1)).abs()
+    assert bool((moved.flatten(2).amax(2) > 0).all())
+    if norm == "Linf":  # one sign a channel, and a square of equal sides
+        changed = (moved > 0).any(2)
+        down, along = changed.any(3).sum(2), changed.any(2).sum(2)
+        assert torch.equal(changed.sum((2, 3)), down * along)
+        assert bool((down == along).all())

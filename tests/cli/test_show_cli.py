@@ -49,7 +49,7 @@ def test_the_passes_are_one_line(arena, plant, record):
     plant(record)
     text = squeeze(arena("show", "ffff").out)
     assert "passes 1.25 times their bare cost of 40 s, batch 504, 4 batch norms folded, channels last, bf16" in text
-    assert "2 points once more in fp32" in text
+    assert "2 mistakes looked at once more in fp32" in text
 
 
 def test_eighty_columns_hold_everything(arena, plant, record):
