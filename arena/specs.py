@@ -157,6 +157,9 @@ class AttackSpec:
     """Rows a plain attack gets at once; it matters to attacks whose rows share a loss."""
     gives_up: bool = False
     """An ask/tell attack that may leave a point before its passes are spent though it has not broken it."""
+    version: str = ""
+    """Changes whenever the attack finds something else with the same options: results stored before are then of another
+    question."""
 
 
 #: One line of a roster: an attack's name and its options.

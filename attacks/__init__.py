@@ -119,6 +119,7 @@ _APGD = (
             "fade": Option(0.55, "by which hope shrinks each round, above 0 to 1", low=1e-3, high=1),
         },
         gives_up=True,
+        version="2",
     ),
 )
 
@@ -215,6 +216,7 @@ _ROSTERS = (
         "quick",
         "arena's own for a small share of the passes: looks at each point, spends on those that may fall",
         "arena_attacks.rosters:quick",
+        version="2",
     ),
     RosterSpec(
         "papers",
