@@ -159,7 +159,8 @@ class Answer:
     """(N, m, K) main logits, of the model itself."""
     errors: Tensor
     """(N, m) share of the model's own passes that misclassify the point, or whose logits are not finite: 0 or 1 unless
-    the query has draws. In a search in lower precision a mistake that counts is fp32's word, and so are its logits."""
+    the query has draws. In a search in lower precision a mistake that counts is fp32's word, and so is all but the
+    gradient that is told of the point."""
     scores: Tensor | None = None
     """(N, m, terms, K) logits and heads, where the query's weights read heads."""
     gates: Tensor | None = None

@@ -233,7 +233,7 @@ class Target:
         found = [t / n if n > 1 and t is not None else t for t, n in zip(totals, draws, strict=True)]
         again = None
         if self.precision != "fp32":
-            found[1], found[2], again = self._looked_again(found[1], found[2], x, labels, part.final)
+            again = self._look_again(found, part, x, labels)
         # Counted last: a batch that the memory does not hold is asked again.
         self.meter.forwards += query.forwards // query.points.shape[1] * count
         self.meter.backwards += count * query.draws * grad
@@ -259,21 +259,26 @@ class Target:
             scores, gates = (None if t is None else t.detach() for t in (scores, gates))
         return value, logits, _errors(logits, y), gradient, scores, gates
 
-    def _looked_again(
-        self, logits: Tensor | None, errors: Tensor | None, x: Tensor, y: Tensor, final: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits and errors, fp32's for mistakes that count, and the forwards that each row took, (count,)."""
-        assert logits is not None
+    def _look_again(self, found: list[Tensor | None], query: Query, x: Tensor, y: Tensor) -> Tensor:
+        """Put fp32's word in the place of what was seen of mistakes that count; return the forwards it took, (count,).
+
+        Under a surrogate that is only what is the model's own, logits and errors. Gradients stay as they are.
+        """
+        errors = found[2]
         assert errors is not None
-        doubt = errors > 0 if final is None else (errors > 0) & final[: len(errors)]
+        doubt = errors > 0 if query.final is None else (errors > 0) & query.final[: len(errors)]
         rows = doubt.nonzero().squeeze(1)
         if len(rows):
-            with self.in_fp32(), torch.no_grad():
-                seen = self._cast(self._reader, pad(x.index_select(0, rows))).logits[: len(rows)]
-            logits = logits.index_copy(0, rows, seen)
-            errors = errors.index_copy(0, rows, _errors(seen, y.index_select(0, rows)))
+            index = torch.cat((rows, rows[-1:].expand(padded(len(rows)) - len(rows))))
+            asked = _rows(replace(query, surrogate=None), index, False)
+            with self.in_fp32():
+                seen = self._pass(asked, x.index_select(0, index), y.index_select(0, index), False)
+            for k in (1, 2) if query.surrogate else (0, 1, 2, 4, 5):
+                before, now = found[k], seen[k]
+                if before is not None and now is not None:
+                    found[k] = before.index_copy(0, rows, now[: len(rows)])
             self.meter.forwards += len(rows)
-        return logits, errors, doubt.to(torch.int64)
+        return doubt.to(torch.int64)
 
     def _read(self, x: Tensor, query: Query) -> Reading:
         source = query.surrogate.source if query.surrogate else ""

@@ -15,10 +15,11 @@ from arena.backbones import DatasetInfo
 from arena.cheaper import GRADIENT_TOLERANCE, TOLERANCE, differences, fold, make_cheaper, modes
 from arena.contender import seeded
 from arena.engine import run_iterated
+from arena.objectives import margin
 from arena.plugins import registry
 from arena.referee import Referee
 from arena.rng import Stream
-from arena.selection import Select
+from arena.selection import Mode, Select
 from arena.specs import complete, load
 from arena.surface import Gate, Head, Knob, Selection, Surface
 from arena.surrogate import Surrogate
@@ -338,25 +339,48 @@ def test_a_mistake_that_bf16_sees_is_fp32s_word_where_it_counts():
     y = exact.argmax(1)
     y[::2] = (y[::2] + 1) % 10  # half of them are mistakes
     count = torch.arange(32) % 4 < 2
-    query = Query(torch.stack((x, x), 1), final=count)
+    query = Query(torch.stack((x, x), 1), "margin", final=count)
     before = target.meter.forwards
     answer = target.answer(query, y)
     assert answer.again.tolist() == (2 * (count & (exact.argmax(1) != y))).tolist()
     assert target.meter.forwards - before == 64 + int(answer.again.sum())
     seen = (answer.logits == exact.unsqueeze(1)).all(2)
     assert torch.equal(seen[:, 0], answer.again > 0)
-    plain = replace(query, final=None)
+    assert torch.equal(answer.values[:, 0] == margin(exact, y), answer.again > 0)
     with target.in_fp32():
-        assert target.answer(plain, y).again is None
+        assert target.answer(replace(query, final=None), y).again is None
 
-    class Denied(Target):
-        def _cast(self, read, x):
-            found = super()._cast(read, x)
-            return replace(found, logits=-found.logits) if self.precision == "bf16" else found
 
-    denied = Denied(target.model, Surface(), 10, 16, precision="bf16")
-    with torch.no_grad():
-        assert not denied.answer(plain, exact.argmax(1)).errors.any()
+class Lying(Target):
+    """Sees a mistake in bf16 wherever there is none."""
+
+    def _cast(self, read, x):
+        found = super()._cast(read, x)
+        if self.precision == "fp32":
+            return found
+        return replace(found, logits=-found.logits, heads={k: -v for k, v in found.heads.items()})
+
+
+@pytest.mark.parametrize("grad", [False, True, torch.arange(32) < 9])
+def test_what_is_told_of_a_mistake_that_fp32_denies_is_all_fp32s(grad):
+    name = "fgaa_sat"
+    model = defense(name)
+    surface = load(registry().get("defense", name).spec.surface)(model)
+    x, weights = images(), torch.ones(32, 1 + len(surface.heads))
+    target = Lying(model, surface, 10, 16, precision="bf16")
+    with target.in_fp32():
+        y = target.logits(x).argmax(1)
+        query = Query(torch.stack((x, x), 1), "margin", weights, grad=grad)
+        exact = target.answer(query, y)
+    answer = target.answer(query, y)
+    assert answer.again.tolist() == [2] * 32
+    assert not answer.errors.any()
+    for name in ("values", "logits", "errors", "scores"):
+        assert torch.equal(getattr(answer, name), getattr(exact, name))
+    mode = Surrogate(modes={next(iter(surface.selections)): Mode("soft")})
+    posed = target.answer(replace(query, grad=False, surrogate=mode), y)
+    assert torch.equal(posed.logits, exact.logits)  # the model's own
+    assert not torch.equal(posed.values, exact.values)  # the surrogate's
 
 
 def test_scores_of_a_search_in_bf16_do_not_tie():
