@@ -30,6 +30,9 @@ from arena.watch import Silent
 #: Points of a match unless the user says otherwise; data sets with fewer use all.
 DEFAULT_N = 500
 
+#: How each precision searches, by a name that changes whenever the search may find something else.
+SEARCHES = {"fp32": "fp32", "bf16": "bf16 looked at twice"}
+
 
 @dataclass
 class Arrangement:
@@ -105,7 +108,7 @@ def arrange(question: Question, running: Running, registry: Registry) -> Arrange
             "n": len(index),
             "seed": question.seed,
             "protocol": question.protocol,
-            "precision": running.precision,
+            "precision": SEARCHES[running.precision],
             "matrix": running.matrix,
             "audit": [AUDIT_VERSION, running.audit],
             **({} if question.budget is None else {"budget": question.budget}),

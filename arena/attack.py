@@ -114,7 +114,7 @@ class Query:
     """Added to the objective."""
     heads_objective: str | None = None
     """Function for the heads, where it is another one than the logits'."""
-    final: Tensor | None = None
+    counts: Tensor | None = None
     """(N,) bool, rows for which a mistake counts, because their points lie in the ball; None: all. A search in lower
     precision looks at these mistakes once more in fp32."""
 
@@ -175,8 +175,8 @@ class IteratedAttack(Protocol):
     State keys the engine owns and adds: ``x`` (N, C, H, W), ``y`` (N,), ``index`` (N,) data-set indices. Keys the
     attack must set: ``done`` (N,) bool, the row is finished; ``best`` (N, C, H, W), the point to submit, which for a
     row that is not broken should still be the attack's strongest point. An attack may set ``claim`` (N,) bool; claims
-    are checked, never believed. An attack that asks for points outside the ball may have a method ``final(state)``,
-    which says for which rows a mistake would count (``Query.final``).
+    are checked, never believed. An attack that asks for points outside the ball may have a method
+    ``counts(state)``, which says for which rows a mistake would count (``Query.counts``).
     """
 
     def start(self, index: Tensor, x: Tensor, y: Tensor, clean: Tensor) -> State:

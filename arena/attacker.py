@@ -64,6 +64,8 @@ class Attacker:
         self.surface = contender.surface
         self.passes = (0, 0)
         """The most forwards and backwards of all attacks, once it is known."""
+        self.shared = False
+        """Workers will make the passes."""
         self._search: Search | None = None
         self.crew: Crew | None = None
         """The workers, where there are several devices."""
@@ -80,9 +82,9 @@ class Attacker:
     def search(self) -> Search:
         """What the attacks query; it is made, and its pace measured, when first asked for."""
         if self._search is None:
-            self._search = Search(
-                self.build, self.surface, self.n_classes, self.pool.x, self.met, self.running, self.passes
-            )
+            passes = (0, 0) if self.shared else self.passes
+            x, met = self.pool.x, self.met
+            self._search = Search(self.build, self.surface, self.n_classes, x, met, self.running, passes)
         return self._search
 
     @property
@@ -120,6 +122,7 @@ class Attacker:
                 precision=target.precision,
                 batch_size=running.batch_size,
                 every=EVERY,
+                passes=(self.passes[0] // staff.size, self.passes[1] // staff.size),
                 threads=max(1, torch.get_num_threads() // staff.size) if staff.engine == "local" else 1,
             )
         )

@@ -73,28 +73,43 @@ def make_cheaper(
     """
     x = pad(x[:PROBE])
     eager = build().eval().requires_grad_(False)
-    model, done = eager, Cheaper()
-    # On small pictures oneDNN's plain layout is the faster one, but for the tiles of AMX (docs/speed.md).
-    wide = x[0].numel() > SMALL_IMAGE or (precision == "bf16" and _has_tiles())
     if surface.random:
         done = Cheaper(note="not folded: a random model's copy cannot be compared with it")
-    for last in () if surface.random else (True, False) if wide else (False,):
-        made, made_of, why = _attempt(build, eager, surface, x, last)
-        if made is not None:
-            model, done = made, made_of
-            break
-        done = replace(done, note=why)
+        return eager, _in_fp32(done, "the model is random") if precision == "bf16" else done
+    wide = x[0].numel() > SMALL_IMAGE
     if precision == "bf16":
-        if not surface.random:
-            _score_in_fp32(model, x)
-        why = "the model is random" if surface.random else _bf16_differs(eager, model, surface, x)
-        note = "; ".join(n for n in (done.note, f"searched in fp32, not bf16: {why}" if why else "") if n)
-        done = replace(done, precision="fp32" if why else "bf16", note=note)
-    return model, done
+        model, done = _made(build, eager, surface, x, wide or _has_tiles(x.device))
+        if model is eager:
+            model = build().eval().requires_grad_(False)
+        _score_in_fp32(model, x)
+        why = _bf16_differs(eager, model, surface, x)
+        if not why:
+            return model, replace(done, precision="bf16")
+    # On small pictures oneDNN's plain layout is the faster one, but for the tiles of AMX (docs/speed.md).
+    model, done = _made(build, eager, surface, x, wide)
+    return model, _in_fp32(done, why) if precision == "bf16" else done
+
+
+def _in_fp32(done: Cheaper, why: str) -> Cheaper:
+    note = "; ".join(n for n in (done.note, f"searched in fp32, not bf16: {why}") if n)
+    return replace(done, note=note)
+
+
+def _made(
+    build: Callable[[], nn.Module], eager: nn.Module, surface: Surface, x: Tensor, last: bool
+) -> tuple[nn.Module, Cheaper]:
+    """Return the cheapest copy that is as good as the eager model, channels last if ``last``; else that itself."""
+    done = Cheaper()
+    for layout in (True, False) if last else (False,):
+        made, made_of, why = _attempt(build, eager, surface, x, layout)
+        if made is not None:
+            return made, made_of
+        done = replace(done, note=why)
+    return eager, done
 
 
 class _Scores(nn.Linear):
-    """A linear layer that computes in fp32 also where its input is bf16."""
+    """A linear layer in fp32 that computes in fp32 also where its input is bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -106,14 +121,14 @@ def _score_in_fp32(model: nn.Module, x: Tensor) -> None:
     with torch.no_grad():
         classes = model(x).shape[-1]
     for module in model.modules():
-        if type(module) is nn.Linear and module.out_features == classes:
+        if type(module) is nn.Linear and module.out_features == classes and module.weight.dtype == torch.float32:
             module.__class__ = _Scores
 
 
-def _has_tiles() -> bool:
-    """Tell whether the CPU multiplies matrices in bf16 by tiles (AMX)."""
+def _has_tiles(device: torch.device) -> bool:
+    """Tell whether passes run on a CPU that multiplies matrices in bf16 by tiles (AMX)."""
     known: Any = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch have none
-    return bool(known.get("amx_bf16"))
+    return device.type == "cpu" and bool(known.get("amx_bf16"))
 
 
 def _attempt(

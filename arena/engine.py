@@ -25,10 +25,10 @@ from arena.threat import Threat
 
 #: State keys the engine owns beside ``x, y, index``: passes made for each row.
 FORWARDS, BACKWARDS = "_forwards", "_backwards"
-#: And in lower precision: forwards made once more in fp32, which are not among the others.
+#: And forwards made once more in fp32 by a search in lower precision, which are not among the others.
 AGAIN = "_again"
-#: Rows that are at work at a time, however small a batch is, as long as an image of each is at most so many numbers.
-LIVE, NUMBERS = 256, 2**24
+#: Rows at work at a time, however small a batch is, as long as the points they ask for hold at most so many numbers.
+LIVE, NUMBERS = 256, 2**22
 #: Optional state key (N,) bool: some query for the row was a break (``arena.auditing.observing``).
 SEEN = "_seen"
 
@@ -170,6 +170,7 @@ def run_iterated(
     outcome.enter(place, finished)
     if state is not None:
         state = {k: v.to(x.device) for k, v in state.items()}
+        state.setdefault(AGAIN, torch.zeros_like(state["index"]))  # a snapshot of before it was counted
         live = torch.tensor([i in place and i not in finished for i in state["index"].tolist()], dtype=torch.bool)
         state = _keep(state, live.to(x.device)) if bool(live.any()) else None
     most, told = bound(attack, draws), time.monotonic()
@@ -177,34 +178,33 @@ def run_iterated(
     active = set(state["index"].tolist()) if state is not None else set()
     queue = [k for i, k in place.items() if i not in finished and i not in active]
     done = len(finished)
-    # More rows than a batch: of many survivors whole batches can be made, and the passes are the same.
-    width = max(target.batch_size, min(LIVE, NUMBERS // max(x[0].numel(), 1)) if len(x) else 0)
-    lower = target.precision != "fp32"
-    final: Callable[[State], Tensor] | None = getattr(attack, "final", None) if lower else None
+    counts: Callable[[State], Tensor] | None = getattr(attack, "counts", None) if target.precision != "fp32" else None
+    width = 0
     try:
         while queue or state is not None:
             size = 0 if state is None else len(state["y"])
-            # Refill when an eighth of the batch is free: starting rows one by one costs more than it saves.
+            if queue and not width:
+                width = _width(attack, target.batch_size, index[:1], x[:1], y[:1], clean[:1])
+            # Refill when an eighth of the places is free: starting rows one by one costs more than it saves.
             if queue and (size == 0 or width - size >= max(width // 8, 1)):
                 rows = torch.tensor(queue[: width - size])
                 queue = queue[width - size :]
-                fresh = _begin(attack, index[rows], x[rows], y[rows], clean[rows], lower)
+                fresh = _begin(attack, index[rows], x[rows], y[rows], clean[rows])
                 state = fresh if state is None else _merge(state, fresh)
             assert state is not None
             query = attack.ask(state)
             if draws > 1:
                 query = query.averaged(draws)
-            if final is not None:
-                query = replace(query, final=final(state))
+            if counts is not None:
+                query = replace(query, counts=counts(state))
             if not outcome.moved:
                 outcome.moved = bool((query.points != state["x"].unsqueeze(1)).any())
             answer = target.answer(query, state["y"])
             forwards, backwards = state[FORWARDS] + query.forwards, state[BACKWARDS]
             if answer.grad is not None:
                 backwards = backwards + query.backwards * (query.grad if isinstance(query.grad, Tensor) else 1)
-            owned = {"x": state["x"], "y": state["y"], "index": state["index"]}
-            if answer.again is not None:
-                owned[AGAIN] = state[AGAIN] + answer.again
+            again = state[AGAIN] if answer.again is None else state[AGAIN] + answer.again
+            owned = {"x": state["x"], "y": state["y"], "index": state["index"], AGAIN: again}
             state = {**attack.tell(state, answer), **owned, FORWARDS: forwards, BACKWARDS: backwards}
             leaving = state["done"]
             if bool(leaving.any()):
@@ -233,13 +233,20 @@ def run_iterated(
     return outcome
 
 
-def _begin(attack: IteratedAttack, index: Tensor, x: Tensor, y: Tensor, clean: Tensor, lower: bool) -> State:
+def _begin(attack: IteratedAttack, index: Tensor, x: Tensor, y: Tensor, clean: Tensor) -> State:
     zeros = torch.zeros(len(y), dtype=torch.int64, device=x.device)
     made = attack.start(index, x, y, clean)
-    begun = {**made, "x": x, "y": y, "index": index, FORWARDS: zeros, BACKWARDS: zeros.clone()}
-    if lower:
-        begun[AGAIN] = zeros.clone()
-    return begun
+    passes = {key: zeros.clone() for key in (FORWARDS, BACKWARDS, AGAIN)}
+    return {**made, "x": x, "y": y, "index": index, **passes}
+
+
+def _width(attack: IteratedAttack, batch: int, index: Tensor, x: Tensor, y: Tensor, clean: Tensor) -> int:
+    """Return how many rows are at work at a time: more than a batch, so that many survivors make whole batches.
+
+    How many points a row asks for is seen by one row's first question.
+    """
+    points = attack.ask(_begin(attack, index, x, y, clean)).points
+    return max(batch, min(LIVE, NUMBERS // max(points.numel(), 1)))
 
 
 def _merge(state: State, fresh: State) -> State:
@@ -269,7 +276,7 @@ def _finish(state: State, leaving: Tensor) -> dict[int, Row]:
         state[BACKWARDS][rows].tolist(),
         claims,
         seen,
-        state[AGAIN][rows].tolist() if AGAIN in state else [0] * len(rows),
+        state[AGAIN][rows].tolist(),
         strict=True,
     )
     return {i: (best[k], *row) for k, (i, *row) in enumerate(numbers)}

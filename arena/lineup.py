@@ -178,7 +178,7 @@ def describe(entries: tuple[str, ...], registry: Registry, evaluation: tuple[str
                 ]
         else:
             found = _attack(name, given, registry).spec
-            rows.append([entry, found.origin, found.spec.version or _library_version(found.spec.name)])
+            rows.append([entry, found.origin, f"{found.spec.version} {_library_version(found.spec.name)}".strip()])
     return rows
 
 

@@ -1,4 +1,4 @@
-"""How fast a search copy's bare passes are, and at which batch size: measured once a match, in about 0.2 seconds.
+"""How fast a search copy's bare passes are, and at which batch size: measured once a match, in 0.2 to 5 seconds.
 
 Out of it come the batch size, the time told before the start (``arena.cost``), and the bare cost of an attack: what its
 forwards and backwards would have taken with nothing around them. A result's seconds over its bare seconds is the

@@ -127,6 +127,7 @@ class Playing:
         self.registry.announce("arena_match_started", record=copy.deepcopy(record))
         rows: list[tuple[Group, Played]] = []
         if not any(i.flag and i.fatal for i in findings):
+            self.attacker.shared = staff is not None and not self.surface.random
             search = self.attacker.search
             if what := search.guard.changed():
                 findings.append(_changes(f"while its passes were timed, the model changed: {what}"))

@@ -75,7 +75,7 @@ class Target:
     """Other models by name, for surrogates that are one of them; in eval mode, without gradients of parameters."""
     precision: str = "fp32"
     """``fp32``, or ``bf16``: passes under autocast; what is read of them is brought to fp32. A mistake that bf16 sees
-    is looked at once more in fp32, so no attack lets a point go that stands."""
+    where it counts is looked at once more in fp32, so no attack lets a point go for one that is none."""
 
     def __post_init__(self) -> None:
         keep_freed_memory()
@@ -101,14 +101,14 @@ class Target:
     def logits(self, x: Tensor) -> Tensor:
         """Return main logits (N, K) of images (N, C, H, W), without gradient."""
         none = x.new_zeros(len(x), dtype=torch.int64)
-        return self.answer(Query(x.unsqueeze(1), final=none.bool()), none).logits[:, 0]
+        return self.answer(Query(x.unsqueeze(1), counts=none.bool()), none).logits[:, 0]
 
     def clean(self, x: Tensor) -> Tensor:
         """Return logits and head scores (N, terms, K), without gradient and without counting."""
         before = Meter(self.meter.forwards, self.meter.backwards)
         weights = x.new_ones(len(x), 1 + len(self.surface.heads))
         none = x.new_zeros(len(x), dtype=torch.int64)
-        answer = self.answer(Query(x.unsqueeze(1), weights=weights, final=none.bool()), none)
+        answer = self.answer(Query(x.unsqueeze(1), weights=weights, counts=none.bool()), none)
         self.meter = before
         return answer.logits if answer.scores is None else answer.scores[:, 0]
 
@@ -266,11 +266,11 @@ class Target:
         """
         errors = found[2]
         assert errors is not None
-        doubt = errors > 0 if query.final is None else (errors > 0) & query.final[: len(errors)]
+        doubt = errors > 0 if query.counts is None else (errors > 0) & query.counts[: len(errors)]
         rows = doubt.nonzero().squeeze(1)
         if len(rows):
             index = torch.cat((rows, rows[-1:].expand(padded(len(rows)) - len(rows))))
-            asked = _rows(replace(query, surrogate=None), index, False)
+            asked = _rows(Query(query.points) if query.surrogate else query, index, False)
             with self.in_fp32():
                 seen = self._pass(asked, x.index_select(0, index), y.index_select(0, index), False)
             for k in (1, 2) if query.surrogate else (0, 1, 2, 4, 5):
@@ -372,7 +372,7 @@ def _rows(query: Query, index: Tensor, grad: bool) -> Query:
         grad=grad,
         surrogate=query.surrogate.rows(index) if query.surrogate else None,
         gates=query.gates.rows(index) if query.gates is not None else None,
-        final=part(query.final),
+        counts=part(query.counts),
     )
 
 

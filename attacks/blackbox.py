@@ -13,7 +13,7 @@ from torch import Tensor
 from arena.attack import Answer, Query, Setup, State
 
 from .pgd import Pgd
-from .steps import TINY, lengths, rows, wrong
+from .steps import TINY, lengths, nearly, rows, wrong
 
 
 class Nes(Pgd):
@@ -106,10 +106,18 @@ class Rays:
             way = way / self.size**0.5
         return (state["x"] + way * rows(radius, way)).clamp(0, 1)
 
+    def _asked(self, state: State) -> Tensor:
+        """Return the radius (N,) in question."""
+        middle = (state["low"] + state["high"]) / 2
+        return middle.where(state["searching"], state["radius"])
+
     def ask(self, state: State) -> Query:
         """Ask for the label at the radius in question."""
-        middle = (state["low"] + state["high"]) / 2
-        return Query(self._at(state, middle.where(state["searching"], state["radius"])).unsqueeze(1))
+        return Query(self._at(state, self._asked(state)).unsqueeze(1))
+
+    def counts(self, state: State) -> Tensor:
+        """Tell (N,) which points lie in the ball, or as good as: farther out a mistake ends nothing."""
+        return self._asked(state) <= nearly(self.setup.threat.radius)
 
     def tell(self, state: State, answer: Answer) -> State:
         """Halve the search, or take the direction up, or try the next one."""

@@ -12,10 +12,7 @@ from torch import Tensor
 from arena.attack import Answer, Query, Setup, State
 
 from .hyperplane import displacement
-from .steps import TINY, lengths, ranked, rows, some, wrong
-
-#: Radii that count as the ball's own, so that rounding hides no point that lies in it.
-NEARLY = 1.001
+from .steps import TINY, lengths, nearly, ranked, rows, some, wrong
 
 
 class Fab:
@@ -56,10 +53,10 @@ class Fab:
             grad=~state["scoring"],
         )
 
-    def final(self, state: State) -> Tensor:
+    def counts(self, state: State) -> Tensor:
         """Tell (N,) which points lie in the ball, or as good as: a mistake farther out ends nothing."""
         norm = self._norm((state["point"] - state["x"]).flatten(1)).squeeze(1)
-        return norm <= self.setup.threat.radius * NEARLY
+        return norm <= nearly(self.setup.threat.radius)
 
     def tell(self, state: State, answer: Answer) -> State:
         """Step to the boundary (phase 0); keep what is misclassified and nearer, and step back (phase 1)."""

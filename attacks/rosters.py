@@ -98,7 +98,7 @@ def quick(surface: Surface, threat: Threat, n_classes: int) -> list[Entry]:
     targets; choices relaxed; then ``staged``, which spends most passes on the few points that may still fall. Last two
     sentinels that share no weakness with it: random search from scratch, which needs no gradient, and FAB, which
     starts at the image and minimises the distance, each in a few passes. What they break alone says that the gradients
-    mislead: count on ``autoattack`` and ``adaptive`` then. A random model, which costs twenty passes for one, gets five
+    mislead: count on ``autoattack`` and ``adaptive`` then. A random model, which costs twenty passes for one, gets four
     rounds at most.
 
     Raises:

@@ -41,6 +41,11 @@ def ranked(scores: Tensor, y: Tensor, count: int) -> Tensor:
     return hidden.sort(dim=1, descending=True, stable=True).indices[:, :count]
 
 
+def nearly(radius: float) -> float:
+    """Return a radius a little larger, within which no rounding hides a point of the ball."""
+    return radius * 1.001 + 1e-5
+
+
 def wrong(answer: Answer) -> Tensor:
     """Tell which rows the model misclassifies at their first point, bool (N,); random models, at most draws."""
     return answer.errors[:, 0] >= SURE

@@ -105,10 +105,11 @@ def main(argv: list[str] | None = None) -> int:
     made.add_argument("-n", type=int, default=200)
     made.add_argument("--devices", default="cpu,cpu")
     made.add_argument("--engines", default="alone,local,ray")
+    made.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     made.add_argument("--runs", type=int, default=1)
     given = made.parse_args(argv)
     parts = tuple(given.devices.split(","))
-    usual = {"replay": True, "audit": "none"}
+    usual = {"replay": True, "audit": "none", "precision": given.precision}
     first = "cpu" if parts[0] == "cpu" else "auto"
     ways = {
         "alone": Running(device=first, **usual),
@@ -118,8 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     question = Question(given.defense, tuple(split(given.vs)), dataset=given.dataset, n=given.n)
     play(question, settle(Running(device=first, audit="none")), registry(), Silent())  # trains what is not there
     found = {name: [measure(question, settle(ways[name])) for _ in range(given.runs)] for name in split(given.engines)}
-    print(f"{given.defense} on {given.dataset}, n {given.n}, {given.vs}; {given.runs} runs, {platform.machine()},")
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}\n")
+    print(f"{given.defense} on {given.dataset}, n {given.n}, {given.vs}, {given.precision}; {given.runs} runs,")
+    print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}\n")
     print("| played by | ready, s | attacks, s | match, s | CPU, s | lost | outcomes |")
     print("|---|---|---|---|---|---|---|")
     usual_outcome = outcome(next(iter(found.values()))[0].record)

@@ -321,7 +321,7 @@ def test_bf16_passes_are_in_bf16_and_what_is_read_is_fp32():
     seen = []
     model.block2.conv.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
     target = Target(model, Surface(), 10, 64, precision="bf16")
-    query = Query(x.unsqueeze(1), "ce", grad=True, final=torch.zeros(32, dtype=torch.bool))
+    query = Query(x.unsqueeze(1), "ce", grad=True, counts=torch.zeros(32, dtype=torch.bool))
     answer = target.answer(query, torch.zeros(32, dtype=torch.int64))
     assert answer.logits.dtype == answer.grad.dtype == answer.values.dtype == torch.float32
     with target.in_fp32():
@@ -339,7 +339,7 @@ def test_a_mistake_that_bf16_sees_is_fp32s_word_where_it_counts():
     y = exact.argmax(1)
     y[::2] = (y[::2] + 1) % 10  # half of them are mistakes
     count = torch.arange(32) % 4 < 2
-    query = Query(torch.stack((x, x), 1), "margin", final=count)
+    query = Query(torch.stack((x, x), 1), "margin", counts=count)
     before = target.meter.forwards
     answer = target.answer(query, y)
     assert answer.again.tolist() == (2 * (count & (exact.argmax(1) != y))).tolist()
@@ -348,7 +348,7 @@ def test_a_mistake_that_bf16_sees_is_fp32s_word_where_it_counts():
     assert torch.equal(seen[:, 0], answer.again > 0)
     assert torch.equal(answer.values[:, 0] == margin(exact, y), answer.again > 0)
     with target.in_fp32():
-        assert target.answer(replace(query, final=None), y).again is None
+        assert target.answer(replace(query, counts=None), y).again is None
 
 
 class Lying(Target):
@@ -394,6 +394,39 @@ def test_scores_of_a_search_in_bf16_do_not_tie():
     assert not torch.equal(scores, scores.bfloat16().float())
     coarse = Target(make_cheaper(build, Surface(), images())[0], Surface(), 10, precision="bf16").logits(images())
     assert torch.equal(coarse, coarse.bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_scores_of_another_type_are_left_as_they_are(dtype):
+    class Cast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.head = lived(backbone("cnn", (1, 8, 8), 8)), nn.Linear(10, 10).to(dtype)
+
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False):
+                return self.head(self.net(x).to(dtype)).float()
+
+    def build() -> nn.Module:
+        with seeded(0):
+            return Cast().eval()
+
+    model, done = make_cheaper(build, Surface(), images(), "bf16")
+    assert (done.precision, done.note) == ("bf16", "")
+    assert torch.isfinite(Target(model, Surface(), 10, precision="bf16").logits(images())).all()
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_small_pictures_are_channels_last_in_bf16_where_the_cpu_has_tiles(monkeypatch, tiles):
+    def build() -> nn.Module:
+        return lived(backbone("cnn", (1, 8, 8), 8))
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": tiles}, raising=False)
+    made = {p: make_cheaper(build, Surface(), images(), p)[1].channels_last for p in ("fp32", "bf16")}
+    assert made == {"fp32": False, "bf16": tiles}
+    monkeypatch.setattr(cheaper, "_bf16_differs", lambda *_: "it does")
+    done = make_cheaper(build, Surface(), images(), "bf16")[1]
+    assert (done.precision, done.channels_last, done.note) == ("fp32", False, "searched in fp32, not bf16: it does")
 
 
 def test_surrogates_are_read_in_bf16_too():

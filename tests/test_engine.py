@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from arena import engine
 from arena.attack import Query, Setup
 from arena.auditing.observing import Observed
 from arena.engine import run_iterated, run_plain
@@ -93,6 +95,37 @@ def test_outcomes_do_not_depend_on_order_or_company(points, order, size):
     target = Target(net(), Surface(), 10, 16)
     got = run_iterated(Walk(SETUP), target, x[rows], y[rows], index[rows])
     assert torch.equal(got.x_adv, expected.x_adv[rows])
+
+
+def test_more_rows_than_a_batch_are_at_work_unless_their_points_are_large(points, monkeypatch):
+    seen = []
+
+    class Watched(Walk):
+        def ask(self, state):
+            seen.append(len(state["point"]))
+            return super().ask(state)
+
+    expected, _ = walk(points, 200)
+    for numbers, most in ((engine.NUMBERS, 200), (64 * 40, 40), (64, 16)):
+        monkeypatch.setattr(engine, "NUMBERS", numbers)
+        seen.clear()
+        got, target = walk(points, 16, Watched(SETUP))
+        assert max(seen) == most
+        assert torch.equal(got.x_adv, expected.x_adv)
+        assert target.meter.forwards == int(expected.forwards.sum())
+
+
+def test_a_snapshot_of_before_second_looks_were_counted_goes_on(points, tmp_path):
+    keeper = Journal(tmp_path).keeper("walk")
+    walk(points, 64, keeper=keeper, until=lambda: True)
+    path = tmp_path / "walk.state.npz"
+    with np.load(path) as file:
+        kept = {k: file[k] for k in file.files if not k.endswith(engine.AGAIN)}
+        assert len(kept) == len(file.files) - 1
+    np.savez(path, **kept)
+    got, _ = walk(points, 64, keeper=Journal(tmp_path).keeper("walk"))
+    assert not got.error, got.trace
+    assert torch.equal(got.x_adv, walk(points, 64)[0].x_adv)
 
 
 def test_costs_by_row_add_up_to_the_meter(points):

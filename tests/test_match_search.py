@@ -104,7 +104,7 @@ def test_points_that_an_attack_gives_up_are_counted_and_are_no_break_that_was_se
     assert 0 < row["given_up"] <= row["attempted"] - row["broken"]
     assert row["forwards"] < row["attempted"] * (exact["cost"]["forwards"] // row["attempted"])
     found = bf16(registry, vs)
-    assert 0 < found["attacks"][0]["given_up"] <= found["attacks"][0]["attempted"] - found["attacks"][0]["broken"]
+    assert abs(found["attacks"][0]["given_up"] - row["given_up"]) <= 2  # second looks are no passes of the attack
     (other,) = ask(registry, vs=("pgd",), n=48, eps="0.05").record["attacks"]
     assert other["given_up"] == 0
 

@@ -151,6 +151,24 @@ def test_no_time_is_spent_on_sizes_that_are_hopeless_or_too_slow(timed):
     assert set(asked) == {8}
 
 
+def test_a_long_match_times_more_sizes(timed):
+    asked = []
+
+    def rule(rows, grad):
+        asked.append(rows)
+        return rows * 1e-3
+
+    assert measure(timed(rule), X).batch_size == 32
+    assert set(asked) == {8, 32}
+    asked.clear()
+    assert measure(timed(rule), X, passes=(10**6, 10**6)).batch_size == 304  # an hour: it is worth seconds
+    assert set(asked) == {8, 32, 64, 128, 256, 304}
+    asked.clear()
+    hours = timed(lambda rows, grad: asked.append(rows) or rows * 0.1)  # 3 s a pass
+    assert measure(hours, X, passes=(10**9, 10**9)).batch_size == 32
+    assert set(asked) == {8}
+
+
 def test_a_batch_takes_no_more_than_its_share_of_the_memory(monkeypatch, timed):
     a_row = memory_of_a_row(Target(Small(), Surface(), 10), X[:8])
     assert a_row == 4 * (64 + 4 * 64)  # the image and the map behind the activation, not the weights

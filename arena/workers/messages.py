@@ -30,6 +30,8 @@ class Order:
     """Rows that a piece of work has at most: no batch is larger."""
     precision: str
     batch_size: int | None
+    passes: tuple[int, int]
+    """The most forwards and backwards that a worker makes of the match, if all make as many."""
     every: float
     """Seconds between two snapshots."""
     threads: int

@@ -72,7 +72,7 @@ class Worker:
         running = Running(device=device, batch_size=order.batch_size, precision=order.precision)
         met = torch.ones(len(x), dtype=torch.bool)
         ground = order.ground
-        self.search = Search(self._build, ground.surface, ground.n_classes, x.to(device), met, running)
+        self.search = Search(self._build, ground.surface, ground.n_classes, x.to(device), met, running, order.passes)
 
     def _build(self) -> nn.Module:
         return self.order.contender.build().to(self.device)

@@ -230,7 +230,7 @@ class Bench:
     def _warm_up(self, on: Subject) -> None:
         """Play one step, so that no first match of a process pays for what is loaded once."""
         if not self._warm:
-            games.play(on, "fgsm", "fp32", 0, 1, self.registry)
+            games.play(on, "pgd(steps=1)", "fp32", 0, 1, self.registry)  # moves also where gradients vanish
         self._warm = True
 
     def _frontier(self) -> None:

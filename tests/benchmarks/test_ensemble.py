@@ -240,7 +240,7 @@ def bench(tmp_path, monkeypatch, played, limit=10**9, **changes):
         def play(subject, entry, *_):
             if len(played) == limit:
                 raise KeyboardInterrupt
-            if entry != "fgsm":  # the warm-up
+            if entry != "pgd(steps=1)":  # the warm-up
                 played.append((kind, subject.case.name, subject.seed, entry))
             return {k: v for k, v in cell().items() if k not in ("load", "date", "arena", "torch")}
 
@@ -369,6 +369,36 @@ def test_the_page_says_what_holds(tmp_path):
     assert "| `cnn` | pgd, art | 1 | 8 | 10 + 5 | 3.00 | 1.50 | 2.00 | 100.0 |" in text
     assert "- torchattacks: offline" in text
     assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 120
+
+
+def test_what_was_played_in_bf16_is_held_against_the_same_bounds(tmp_path):
+    bf16 = [
+        run("quick, bf16", broken=(0, 1, 3), forwards=10, backwards=4, seconds=0.1),
+        run("autoattack, bf16", broken=(0, 1, 2), forwards=90, backwards=40, seconds=1.5),
+    ]
+    settings = measuring.Settings(**{**SETTINGS, "fast": "quick", "bf16": True, "frontier": ()})
+    text = page.write(None, measuring.Found([*RUNS, *bf16]), settings, WAYS, "python benchmarks/ensemble.py", [])
+    held = {row.split("|")[1].strip(): row.split("|")[3:5] for row in text.splitlines() if row.startswith("| ")}
+    for asked, measured, holds in (
+        ("`quick, bf16` not above `autoattack`, pooled, points", "+0.00", "**yes**"),
+        ("forwards, the plain run over `quick, bf16`", "40.0", "**yes**"),
+        ("seconds, the plain run over `quick, bf16`", "60.0", "**yes**"),
+        ("points on which `autoattack, bf16` and the plain run differ", "1 and 1, p = 1.000", "-"),
+        ("seconds, the plain run over `autoattack, bf16`", "4.00", "**yes**"),
+        ("seconds, the plain run over `autoattack`", "2.50", "**no**"),
+    ):
+        assert [cell.strip() for cell in held[asked]] == [measured, holds]
+    for title in ("`quick` against `autoattack`", "`quick, bf16` against `autoattack`"):
+        assert f"## {title}" in text
+    assert "| `cnn` | quick, bf16 | autoattack, bf16 | 1 | 9.00 | 10.0 | 15.0 | " in text
+
+
+def test_a_variant_of_a_member_stands_in_a_row_of_its_own():
+    ways = ("square, arena", measuring.opposing("square"), measuring.opposing("square", "to the rim"))
+    runs = [run(way, broken=broken) for way, broken in zip(ways, ((0, 1), (0,), (0, 1)), strict=True)]
+    rows = {tuple(row[:2]): row[5:7] for row in tables.members(runs).rows[1:]}
+    assert rows["`square`", "`cnn`"] == ["1", "0"]
+    assert rows["`square`, theirs to the rim", "`cnn`"] == ["0", "0"]
 
 
 def test_attacks_share_the_seconds():
