@@ -180,7 +180,10 @@ class IteratedAttack(Protocol):
     """
 
     def start(self, index: Tensor, x: Tensor, y: Tensor, clean: Tensor) -> State:
-        """Begin rows. ``clean`` (N, terms, K): scores of the clean images. Must not depend on other rows."""
+        """Begin rows. ``clean`` (N, terms, K): scores of the clean images. Must not depend on other rows.
+
+        An attack with an attribute ``needs_clean = False`` gets none, (N, 0, 0), which saves a forward.
+        """
         ...
 
     def ask(self, state: State) -> Query:

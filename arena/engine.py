@@ -150,7 +150,7 @@ def run_iterated(
         x: clean images (N, C, H, W) in [0, 1].
         y: labels (N,).
         index: data-set indices (N,), keys of the random streams.
-        clean: scores of the clean images (N, terms, K); computed, uncounted, if not given.
+        clean: scores of the clean images (N, terms, K); computed, uncounted, if not given and needed.
         keeper: where progress is kept.
         progress: called a few times a second with (forwards, rows finished); a finished row counts as having cost the
             most a row can cost, so that forwards over ``len(x) * bound(attack, draws)`` is the share done.
@@ -162,8 +162,10 @@ def run_iterated(
         An ``Outcome``; an exception in the attack is contained and named there.
     """
     keeper = keeper or Forgetful()
-    if clean is None:
+    if clean is None and getattr(attack, "needs_clean", True):
         clean = target.clean(x)
+    elif clean is None:
+        clean = x.new_empty(len(x), 0, 0)
     outcome = Outcome.empty(x)
     place = {int(i): k for k, i in enumerate(index.tolist())}
     finished, state, outcome.moved = keeper.restore()

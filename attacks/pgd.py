@@ -24,6 +24,8 @@ class Pgd:
     A run is ``steps`` gradients and ``steps + 1`` points, the start among them; the last point is only scored.
     """
 
+    needs_clean = False
+
     def __init__(
         self,
         setup: Setup,

@@ -57,6 +57,8 @@ def _hill(height: int, width: int) -> Tensor:
 class Square:
     """One start and ``queries`` proposals a restart, one forward each; a proposal that raises the margin is kept."""
 
+    needs_clean = False
+
     def __init__(self, setup: Setup, *, queries: int, p_init: float, restarts: int) -> None:
         self.setup = setup
         self.queries = queries

@@ -97,6 +97,27 @@ def test_outcomes_do_not_depend_on_order_or_company(points, order, size):
     assert torch.equal(got.x_adv, expected.x_adv[rows])
 
 
+def test_an_attack_that_needs_no_clean_scores_costs_no_pass_for_them(points):
+    x, y, index = points
+    spent = {}
+    for needs, shape in ((True, (1, 10)), (False, (0, 0))):
+        shapes, passes = [], []
+
+        class Idle(Walk):
+            needs_clean = needs
+
+            def start(self, index, x, y, clean, shapes=shapes):
+                shapes.append(tuple(clean.shape[1:]))
+                return super().start(index, x, y, clean)
+
+        model = net()
+        model.register_forward_hook(lambda _m, _i, out, passes=passes: passes.append(len(out)))
+        outcome = run_iterated(Observed(Idle(SETUP), SETUP.threat), Target(model, Surface(), 10, 200), x, y, index)
+        assert set(shapes) == {shape}
+        spent[needs] = sum(passes), int(outcome.forwards.sum())
+    assert spent[True] == (spent[False][0] + 200, spent[False][1])
+
+
 def test_more_rows_than_a_batch_are_at_work_unless_their_points_are_large(points, monkeypatch):
     seen = []
 

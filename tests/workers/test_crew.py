@@ -205,7 +205,7 @@ def test_a_worker_of_another_version_is_refused(registry, hired, monkeypatch):
 
 def test_what_cannot_be_sent_is_said():
     model = SimpleNamespace(name="mine.py:factory", readout=lambda model, x: {})
-    order = Order(model, None, None, 32, "fp32", None, 1.0, 1)
+    order = Order(model, None, None, 32, "fp32", None, (0, 0), 1.0, 1)
     with pytest.raises(ArenaError, match=r"^'mine.py:factory' cannot be sent to other processes: "):
         crews.Crew(Threads()).begin(order)
 
