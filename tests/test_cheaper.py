@@ -12,9 +12,11 @@ from torch import nn
 from arena import cheaper
 from arena.attack import Query, Setup
 from arena.backbones import DatasetInfo
-from arena.cheaper import GRADIENT_TOLERANCE, TOLERANCE, differences, fold, make_cheaper, modes
+from arena.cheaper import GRADIENT_TOLERANCE, TOLERANCE, make_cheaper
+from arena.comparing import differences, modes
 from arena.contender import seeded
 from arena.engine import run_iterated
+from arena.folding import fold
 from arena.objectives import margin
 from arena.plugins import registry
 from arena.referee import Referee
