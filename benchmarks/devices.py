@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 
-from arena import staff
 from arena.cli.options import settle
 from arena.entries import split
 from arena.match import play
 from arena.plugins import registry
 from arena.question import Question, Running
 from arena.watch import Silent
+from arena.workers import staff
 from arena.workers.crew import Crew
 
 

@@ -30,6 +30,7 @@ from arena.surface import Surface
 from arena.target import Target
 from arena.threads import one_thread, small
 from arena.watch import Silent
+from arena.workers.staff import engaged
 
 from .bare import Bare, timed
 from .cases import Subject
@@ -47,10 +48,18 @@ def on_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def play(subject: Subject, entry: str, precision: str, seed: int, threads: int, registry: Registry) -> dict[str, Any]:
+def play(
+    subject: Subject,
+    entry: str,
+    precision: str,
+    seed: int,
+    threads: int,
+    registry: Registry,
+    devices: tuple[str, ...] = (),
+) -> dict[str, Any]:
     """Play an entry of ``--vs`` as ``arena match`` does, without the audit, the store or anything left from before.
 
-    ``threads`` are torch's; a match of a small model takes one, whatever they are.
+    ``threads`` are torch's; a match of a small model takes one, whatever they are. ``devices`` share the points.
 
     Raises:
         ArenaError: an attack failed, or the model cannot be attacked.
@@ -58,13 +67,13 @@ def play(subject: Subject, entry: str, precision: str, seed: int, threads: int, 
     contender, entries = subject.obtain(), check_entries((entry,), registry)
     asked = Question(subject.case.defense, entries, n=len(subject.index), seed=seed, train_seed=subject.seed)
     arranged = Arrangement(asked, entries, subject.images, subject.threat, subject.index, subject.plan, "")
-    running = Running(device="cpu", precision=precision, audit="none")
+    running = Running(device="cpu", precision=precision, audit="none", devices=devices)
     with tempfile.TemporaryDirectory() as folder, on_threads(threads):
         match = Playing(arranged, running, registry, contender, Journal(Path(folder)), Silent())
         few = small("cpu", contender.parameters, subject.images.shape)
         cpu = time.process_time()
-        with one_thread(few):
-            record, outcomes = match.run()
+        with engaged(running) as staff, one_thread(few):
+            record, outcomes = match.run(staff)
         cpu = time.process_time() - cpu
     drop_examples(record["id"])
     bad = [f"{r['name']}: {r['status']} {r['error'] or ''}".strip() for r in record["attacks"] if r["status"] != "ok"]
@@ -155,7 +164,13 @@ def _drive(
 
 
 def play_in_turn(
-    subject: Subject, entry: str, seed: int, threads: int, registry: Registry, precision: str = "fp32"
+    subject: Subject,
+    entry: str,
+    seed: int,
+    threads: int,
+    registry: Registry,
+    precision: str = "fp32",
+    devices: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Play an entry, and time bare passes of the same search copy at the same batch size before and after."""
     contender, x = subject.obtain(), subject.x
@@ -166,7 +181,7 @@ def play_in_turn(
         search = Search(contender.build, contender.surface, subject.images.n_classes, x, met, running)
         chosen = Bare.of(search.target, x, search.target.batch_size)
         chosen.look()
-    made = play(subject, entry, precision, seed, threads, registry)
+    made = play(subject, entry, precision, seed, threads, registry, devices)
     with on_threads(threads), one_thread(few):
         if made["batch_size"] != search.target.batch_size:  # the match measured another size to be the best
             chosen = Bare.of(search.target, x, made["batch_size"])

@@ -46,6 +46,8 @@ class Settings:
     full: str
     bf16: bool
     """Play both rosters in bf16 too."""
+    devices: tuple[str, ...]
+    """Share the full roster among these too; then it and the plain run, on as many threads, are compared."""
     frontier: tuple[str, ...]
     pairs: int
     threads: tuple[int, ...]
@@ -119,6 +121,11 @@ def in_bf16(way: str) -> str:
     return f"{way}, bf16"
 
 
+def on_devices(way: str, devices: int) -> str:
+    """Name the way of a roster that is shared among so many devices."""
+    return f"{way}, on {devices}"
+
+
 def opposing(member: str, variant: str = "") -> str:
     """Name the way of torchattacks' member, or of a variant of it."""
     return ", ".join(word for word in (member, "torchattacks", variant) if word)
@@ -158,6 +165,15 @@ class Bench:
             ways = self.ways()
             for way in ways if pair % 2 == 0 else ways[::-1]:
                 self._whole(on, way, threads, pair)
+            for way in self.shared() if threads == self.settings.threads[0] else ():
+                self._whole(on, way, len(self.settings.devices), pair)
+
+    def shared(self) -> list[str]:
+        """List the whole evaluations that take turns on as many cores as there are devices."""
+        s = self.settings
+        full = [s.full, *([in_bf16(s.full)] if s.bf16 else [])] if "full" in s.ways else []
+        plain = [f"{s.full}, plain"] if "plain" in s.ways else []
+        return [*(on_devices(way, len(s.devices)) for way in full), *plain] if s.devices else []
 
     def ways(self) -> list[str]:
         """List the whole evaluations that take turns."""
@@ -173,7 +189,8 @@ class Bench:
     def _whole(self, on: Subject, way: str, threads: int, pair: int, into: list[Run] | None = None) -> None:
         """Measure one whole evaluation, with attack seed 0."""
         s = self.settings
-        entry = way.removesuffix(", bf16").removesuffix(", plain")
+        alone = way.removesuffix(on_devices("", len(s.devices)))
+        entry = alone.removesuffix(", bf16").removesuffix(", plain")
         if way == "reference":
             asked = self._asked(on, way, threads, pair, self.peers.version("pyautoattack"))
             work = self._peer(on, "reference", "pyautoattack", threads, 0)
@@ -182,8 +199,8 @@ class Bench:
             work = lambda: games.play_plainly(on, entry, 0, threads, self.registry)  # noqa: E731
         else:
             asked = self._asked(on, way, threads, pair, self._made_of(entry, on))
-            precision = "bf16" if way.endswith(", bf16") else "fp32"
-            work = self._in_turn(on, entry, threads, precision)
+            precision = "bf16" if alone.endswith(", bf16") else "fp32"
+            work = self._in_turn(on, entry, threads, precision, () if alone == way else s.devices)
         self._keep("runs", self.found.runs if into is None else into, on, asked, work)
 
     def _members(self) -> None:
@@ -220,10 +237,12 @@ class Bench:
                 else:
                     self.found.left_out.setdefault(library, "not installed")
 
-    def _in_turn(self, on: Subject, entry: str, threads: int, precision: str = "fp32") -> Callable[[], dict[str, Any]]:
+    def _in_turn(
+        self, on: Subject, entry: str, threads: int, precision: str = "fp32", devices: tuple[str, ...] = ()
+    ) -> Callable[[], dict[str, Any]]:
         def work() -> dict[str, Any]:
             self._warm_up(on)
-            return games.play_in_turn(on, entry, 0, threads, self.registry, precision)
+            return games.play_in_turn(on, entry, 0, threads, self.registry, precision, devices)
 
         return work
 

@@ -17,7 +17,7 @@ from arena.home import atomic_write
 
 from . import tables
 from .frontier import figure, frontier, spots
-from .measuring import Found, Run, Settings, in_bf16
+from .measuring import Found, Run, Settings
 from .tables import Compared, compare, couples, number, ratio, times
 
 #: What is asked of the fast roster and of the full one.
@@ -41,8 +41,9 @@ class Ways:
 
     @staticmethod
     def known(runs: Sequence[Run], way: str) -> list[str]:
-        """A roster, and the same in bf16, as far as they were played."""
-        return [w for w in (way, in_bf16(way)) if w == way or tables.pick(runs, way=w)]
+        """A roster, and the same in bf16 and on several devices, as far as they were played."""
+        others = dict.fromkeys(r.way for r in runs if r.way.startswith(f"{way}, ") and not r.way.endswith(", plain"))
+        return [way, *sorted(others, key=len)]
 
 
 def yes(holds: bool | None) -> str:
@@ -66,9 +67,11 @@ def asked(found: Found, ways: Ways) -> Table:
                 [f"{key}, `{full}` over `{fast}`", tables.DASH, times(ratio(turn, full, fast, key)), tables.DASH]
             )
     for name in ways.known(runs, full):
-        rows.append(_equal(compare(couples(runs, name, ways.plain)), name, name == full))
-        faster = ratio(turn, ways.plain, name, "seconds")
-        rows.append(_least(f"seconds, the plain run over `{name}`", FULL_FASTER, faster))
+        rows.append(_equal(compare(couples(runs, name, ways.plain)), name, "bf16" not in name))
+        cores = next((r.threads for r in runs if r.way == name), threads)
+        faster = ratio([r for r in runs if r.threads == cores], ways.plain, name, "seconds")
+        says = f"seconds, the plain run over `{name}`" + (f", both on {cores} cores" if cores != threads else "")
+        rows.append(_least(says, FULL_FASTER, faster))
     rows += _overheads(found.overhead, full)
     moving = differing_runs([r for r in runs if r.way != "reference"])
     rows.append(["runs of one way that differ in points or passes", "0", str(moving), yes(moving == 0)])
@@ -162,6 +165,8 @@ NOTES = """\
   authors' code: settings, order and survivors are theirs; how it is called and what it logs are not. What it returns is
   judged by arena's referee. Its noise is its own: its outcomes are compared by test, not point by point.
 - *bf16* is the same with `--precision bf16`; forwards that looked at a mistake once more in fp32 count.
+- *on 2* is `--devices cpu,cpu`: two processes share the points, one thread each. What it is compared with has torch's
+  own two threads. Its seconds leave out the start of the processes, which is in *whole*.
 - *only* counts points over all train seeds that one side alone breaks. p is McNemar's exact test in which an image
   counts once, for the side that alone breaks it on more of the models that share it.
 - *gap* is the first side's robust accuracy less the second's, in points: below zero the first finds more.

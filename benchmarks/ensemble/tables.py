@@ -220,7 +220,7 @@ def faithful(runs: Sequence[Run], full: Sequence[str], plain: str) -> Table:
                 some = couples(runs, way, other, case)
                 if not some:
                     continue
-                threads = runs[0].threads
+                threads = some[0][0].threads
                 faster = ratio([r for r in runs if r.threads == threads], other, way, "seconds", case)
                 sides = [f"{accuracy([p[k] for p in some]):.1f}" for k in (0, 1)]
                 name = f"`{case}`" if case else "**pooled**"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -212,6 +213,7 @@ SETTINGS = {
     "fast": "staged",
     "full": "autoattack",
     "bf16": False,
+    "devices": (),
     "frontier": ("apgd_ce(steps=10)",),
     "pairs": 2,
     "threads": (1,),
@@ -294,6 +296,34 @@ def test_ways_take_turns_and_a_case_without_its_file_is_told(tmp_path, monkeypat
     assert found.left_out["case cifar"] == "no --cifar FILE was given"
     with pytest.raises(ArenaError, match="case 'cifar': expected --cifar FILE"):
         cases.subject(cases.named("cifar"), 0, 4, None, registry(), measuring.Watching())
+
+
+def test_devices_share_the_full_roster_beside_the_plain_run_on_as_many_threads(tmp_path, monkeypatch):
+    given = []
+    made, _ = bench(tmp_path, monkeypatch, [], seeds=(0,), cases=("cnn",), parts=("runs",), bf16=True, pairs=1)
+    made.settings = dataclasses.replace(made.settings, devices=("cpu", "cpu"))
+    answer = games.play_in_turn
+
+    def noted(subject, entry, seed, threads, registry, precision="fp32", devices=()):
+        given.append((entry, threads, precision, devices))
+        return answer(subject, entry)
+
+    monkeypatch.setattr(games, "play_in_turn", noted)
+    found = made.run()
+    assert [r.way for r in found.runs if r.threads == 2] == [
+        "autoattack, on 2",
+        "autoattack, bf16, on 2",
+        "autoattack, plain",
+    ]
+    both = ("cpu", "cpu")
+    assert given[-2:] == [("autoattack", 2, "fp32", both), ("autoattack", 2, "bf16", both)]
+    assert all(devices == () for *_, devices in given[:-2])
+    assert page.Ways.known(found.runs, "autoattack") == [
+        "autoattack",
+        "autoattack, bf16",
+        "autoattack, on 2",
+        "autoattack, bf16, on 2",
+    ]
 
 
 def test_another_model_or_number_of_points_is_another_cell(tmp_path):
