@@ -27,8 +27,8 @@ from arena.threat import Threat
 FORWARDS, BACKWARDS = "_forwards", "_backwards"
 #: And forwards made once more in fp32 by a search in lower precision, which are not among the others.
 AGAIN = "_again"
-#: Rows at work at a time, however small a batch is, as long as the points they ask for hold at most so many numbers.
-LIVE, NUMBERS = 256, 2**22
+#: More rows than a batch are at work only as long as the points they ask for hold at most so many numbers.
+NUMBERS = 2**22
 #: Optional state key (N,) bool: some query for the row was a break (``arena.auditing.observing``).
 SEEN = "_seen"
 
@@ -186,7 +186,7 @@ def run_iterated(
         while queue or state is not None:
             size = 0 if state is None else len(state["y"])
             if queue and not width:
-                width = _width(attack, target.batch_size, index[:1], x[:1], y[:1], clean[:1])
+                width = _width(attack, target, index[:1], x[:1], y[:1], clean[:1])
             # Refill when an eighth of the places is free: starting rows one by one costs more than it saves.
             if queue and (size == 0 or width - size >= max(width // 8, 1)):
                 rows = torch.tensor(queue[: width - size])
@@ -242,13 +242,13 @@ def _begin(attack: IteratedAttack, index: Tensor, x: Tensor, y: Tensor, clean: T
     return {**made, "x": x, "y": y, "index": index, **passes}
 
 
-def _width(attack: IteratedAttack, batch: int, index: Tensor, x: Tensor, y: Tensor, clean: Tensor) -> int:
+def _width(attack: IteratedAttack, target: Target, index: Tensor, x: Tensor, y: Tensor, clean: Tensor) -> int:
     """Return how many rows are at work at a time: more than a batch, so that many survivors make whole batches.
 
     How many points a row asks for is seen by one row's first question.
     """
     points = attack.ask(_begin(attack, index, x, y, clean)).points
-    return max(batch, min(LIVE, NUMBERS // max(points.numel(), 1)))
+    return max(target.batch_size, min(target.live, NUMBERS // max(points.numel(), 1)))
 
 
 def _merge(state: State, fresh: State) -> State:

@@ -17,7 +17,11 @@ from arena.pace import SIZES, Pace, measure
 from arena.points import Rows
 from arena.question import Running
 from arena.surface import Surface
-from arena.target import Target
+from arena.target import LIVE, Target
+
+#: Seconds that a row's gradient may add up to over all rows at work: between two steps nothing is kept and nobody looks
+#: at the clock.
+A_STEP = 2.0
 
 
 class Search:
@@ -56,6 +60,9 @@ class Search:
         images = x[met.nonzero().squeeze(1)[: SIZES[-1]]]
         self.pace = measure(self.target, images if len(images) else x[: SIZES[-1]], running.batch_size, passes)
 
+        if self.pace is not None:
+            self.target.live = min(LIVE, int(A_STEP / self.pace.both) + 1)
+
     def _make(self) -> None:
         running = self._running
         model, self.cheaper = make_cheaper(self._build, self._surface, self._x, running.precision)
@@ -66,9 +73,9 @@ class Search:
 
     def renew(self) -> None:
         """Put a fresh copy in the place of one that was changed; its pace is known."""
-        size = self.target.batch_size
+        size, live = self.target.batch_size, self.target.live
         self._make()
-        self.target.batch_size = size
+        self.target.batch_size, self.target.live = size, live
 
     def attack(self, planned: Planned, once: Callable[[], Outcome]) -> Outcome:
         """Attack ``once`` in the search's precision; plain attacks in fp32, because what they see nobody looks at."""

@@ -26,6 +26,7 @@ from arena.surrogate import posing
 #: Fewest rows of a physical batch, and what its size is a multiple of.
 PAD, STEP = 16, 8
 DEFAULT_BATCH = 256
+LIVE = 256
 
 
 @dataclass
@@ -76,6 +77,8 @@ class Target:
     precision: str = "fp32"
     """``fp32``, or ``bf16``: passes under autocast; what is read of them is brought to fp32. A mistake that bf16 sees
     where it counts is looked at once more in fp32, so no attack lets a point go for one that is none."""
+    live: int = LIVE
+    """Rows of an attack at work at a time where a batch is smaller, so that few survivors make whole batches."""
 
     def __post_init__(self) -> None:
         keep_freed_memory()

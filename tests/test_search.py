@@ -16,6 +16,7 @@ from arena.contender import seeded
 from arena.guard import Guard
 from arena.limit import Limit
 from arena.match import play
+from arena.pace import Pace
 from arena.plugins import registry
 from arena.question import Question, Running
 from arena.search import Search
@@ -124,6 +125,15 @@ def test_plain_attacks_get_gradients_they_can_take_views_of(n):
             grads.append(grad.view(n, -1))
         assert torch.allclose(*grads, atol=1e-6)
         assert bool((grads[1] != 0).any())
+
+
+@pytest.mark.parametrize(("both", "live"), [(1e-4, 256), (0.05, 41), (10.0, 1)])
+def test_so_many_rows_are_at_work_that_a_step_takes_seconds(monkeypatch, both, live):
+    monkeypatch.setattr("arena.search.measure", lambda *_: Pace(32, both / 3, both))
+    search = opened()
+    assert search.target.live == live
+    search.renew()
+    assert search.target.live == live
 
 
 # -- bf16's second looks ----------------------------------------------------------------------------------------
