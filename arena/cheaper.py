@@ -69,6 +69,7 @@ def make_cheaper(
     if surface.random:
         done = Cheaper(note="not folded: a random model's copy cannot be compared with it")
         return eager, _in_fp32(done, "the model is random") if precision == "bf16" else done
+    # On small pictures oneDNN's plain layout is the faster one, but for the tiles of AMX (docs/speed.md).
     wide = x[0].numel() > SMALL_IMAGE
     if precision == "bf16":
         model, done = _made(build, eager, surface, x, wide or _has_tiles(x.device))
@@ -78,7 +79,6 @@ def make_cheaper(
         why = _bf16_differs(eager, model, surface, x)
         if not why:
             return model, replace(done, precision="bf16")
-    # On small pictures oneDNN's plain layout is the faster one, but for the tiles of AMX (docs/speed.md).
     model, done = _made(build, eager, surface, x, wide)
     return model, _in_fp32(done, why) if precision == "bf16" else done
 

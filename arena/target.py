@@ -206,7 +206,8 @@ class Target:
         assert merged["values"] is not None
         assert merged["logits"] is not None
         assert merged["errors"] is not None
-        return Answer(grad=grad, **merged)  # type: ignore[arg-type]
+        rest = (merged[key] for key in ("scores", "gates", "again"))
+        return Answer(merged["values"], grad, merged["logits"], merged["errors"], *rest)
 
     def _batch(
         self, query: Query, flat: Tensor, y: Tensor, rows: Tensor | None, cut: slice, grad: bool

@@ -10,7 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from arena.datasets import Images
 from arena.plugins import discover
+from arena.target import Target
 
 # A shell starts background jobs with Ctrl-C ignored, and what this process starts would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -49,6 +50,20 @@ def arena_home(tmp_path, monkeypatch) -> Path:
     home = tmp_path / "arena-home"
     monkeypatch.setenv("ARENA_HOME", str(home))
     return home
+
+
+@pytest.fixture
+def liar() -> type[Target]:
+    """A target whose passes in bf16 name every class wrong, on the output and on the heads."""
+
+    class Liar(Target):
+        def _cast(self, read, x):
+            seen = super()._cast(read, x)
+            if self.precision == "fp32":
+                return seen
+            return replace(seen, logits=-seen.logits, heads={k: -v for k, v in seen.heads.items()})
+
+    return Liar
 
 
 @pytest.fixture

@@ -353,23 +353,13 @@ def test_a_mistake_that_bf16_sees_is_fp32s_word_where_it_counts():
         assert target.answer(replace(query, counts=None), y).again is None
 
 
-class Lying(Target):
-    """Sees a mistake in bf16 wherever there is none."""
-
-    def _cast(self, read, x):
-        found = super()._cast(read, x)
-        if self.precision == "fp32":
-            return found
-        return replace(found, logits=-found.logits, heads={k: -v for k, v in found.heads.items()})
-
-
 @pytest.mark.parametrize("grad", [False, True, torch.arange(32) < 9])
-def test_what_is_told_of_a_mistake_that_fp32_denies_is_all_fp32s(grad):
+def test_what_is_told_of_a_mistake_that_fp32_denies_is_all_fp32s(liar, grad):
     name = "fgaa_sat"
     model = defense(name)
     surface = load(registry().get("defense", name).spec.surface)(model)
     x, weights = images(), torch.ones(32, 1 + len(surface.heads))
-    target = Lying(model, surface, 10, 16, precision="bf16")
+    target = liar(model, surface, 10, 16, precision="bf16")
     with target.in_fp32():
         y = target.logits(x).argmax(1)
         query = Query(torch.stack((x, x), 1), "margin", weights, grad=grad)

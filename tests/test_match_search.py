@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from arena import search as searching
 from arena.match import play
 from arena.question import Question
-from arena.target import CountedModule, Target
+from arena.target import CountedModule
 from arena.watch import Silent
 
 sys.path.insert(0, str(Path(__file__).parent / "packages" / "cheats"))
@@ -54,25 +53,9 @@ def test_a_search_in_bf16_is_judged_in_fp32_and_is_another_question(registry):
         assert abs(a["broken"] - b["broken"]) <= 1
 
 
-def test_what_bf16_alone_saw_broken_is_looked_at_once_more_and_goes_on(registry, monkeypatch):
+def test_what_bf16_alone_saw_broken_is_looked_at_once_more_and_goes_on(registry, monkeypatch, liar):
     """Passes in bf16 that name every class wrong: no point leaves at that."""
-    real = Target._cast
-
-    def lying(self, read, x):
-        seen = real(self, read, x)
-        return dataclasses.replace(seen, logits=-seen.logits) if self.precision == "bf16" and lying.on else seen
-
-    lying.on = False
-    made = searching.make_cheaper
-
-    def make(*args, **kwargs):
-        lying.on = False
-        done = made(*args, **kwargs)
-        lying.on = True
-        return done
-
-    monkeypatch.setattr(Target, "_cast", lying)
-    monkeypatch.setattr(searching, "make_cheaper", make)
+    monkeypatch.setattr("arena.search.Target", liar)
     found = bf16(registry, ("pgd(steps=4)",), n=32, eps="1/100000")
     (row,) = found["attacks"]
     again = found["provenance"]["search"]["again"]

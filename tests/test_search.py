@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from functools import partial
 
@@ -152,18 +151,9 @@ def ask(tmp_path, arena_home):
 
 
 @pytest.fixture
-def lying(monkeypatch):
+def lying(monkeypatch, liar):
     """Searches in bf16 see a mistake at every point that stands."""
-
-    class Lying(Target):
-        def _cast(self, read, x):
-            seen = super()._cast(read, x)
-            return dataclasses.replace(seen, logits=-seen.logits) if self.precision == "bf16" else seen
-
-    def plant():
-        monkeypatch.setattr("arena.search.Target", Lying)
-
-    return plant
+    return lambda: monkeypatch.setattr("arena.search.Target", liar)
 
 
 def spent(record):

@@ -178,11 +178,18 @@ def scaled(contender: Contender, scale: float) -> Contender:
     """Multiply a contender's logits; its weights are the same."""
     if scale == 1.0:
         return contender
+    finish = contender.finish
+
+    def finished(model: nn.Module) -> None:
+        assert finish is not None
+        assert isinstance(model, Scaled)
+        finish(model.model)
+
     return replace(
         contender,
         name=f"{contender.name} x {scale:g}",
         id=f"{contender.id}x{scale:g}",
         factory=lambda: Scaled(contender.factory(), scale),
         weights={f"model.{k}": v for k, v in contender.weights.items()},
-        finish=None if contender.finish is None else lambda model: contender.finish(model.model),  # type: ignore[misc, arg-type]
+        finish=None if finish is None else finished,
     )

@@ -1,14 +1,11 @@
 """Laws every native attack keeps, whatever it does."""
 
 import io
-from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from arena.target import Target
 
 SHORT = {
     "fgsm": {"random_start": True},
@@ -114,25 +111,17 @@ def test_unbroken_rows_cost_exactly_what_passes_says(fight, models, name, norm):
     assert (outcome.backwards == f.attack.passes()[1]).all()
 
 
-class Lying(Target):
-    """In bf16 names every class wrong."""
-
-    def _cast(self, read, x):
-        seen = super()._cast(read, x)
-        return replace(seen, logits=-seen.logits) if self.precision == "bf16" else seen
-
-
 @pytest.mark.parametrize(("name", "norm"), EVERY)
-def test_no_row_leaves_for_a_mistake_that_bf16_alone_sees(fight, models, name, norm):
+def test_no_row_leaves_for_a_mistake_that_bf16_alone_sees(fight, models, liar, name, norm):
     f = make(fight, models, name, norm, eps="1/1000000")
-    f.target = Lying(f.target.model, f.target.surface, f.target.n_classes, 64, precision="bf16")
+    f.target = liar(f.target.model, f.target.surface, f.target.n_classes, 64, precision="bf16")
     outcome = f.run()
     assert not outcome.error, outcome.trace
     assert (outcome.forwards == f.attack.passes()[0]).all()
     assert (outcome.again > 0).all()
     assert (outcome.again <= outcome.forwards).all()
     small = make(fight, models, name, norm, eps="1/1000000")
-    small.target = Lying(f.target.model, f.target.surface, f.target.n_classes, 16, precision="bf16")
+    small.target = liar(f.target.model, f.target.surface, f.target.n_classes, 16, precision="bf16")
     assert torch.equal(small.run(torch.arange(3)).again, outcome.again[:3])
 
 
