@@ -418,6 +418,30 @@ def test_a_killed_match_leaves_no_process_and_goes_on_without_workers(arena, tmp
     assert same(records[0]) == same(records[1])
 
 
+DEAF = """
+import re
+from pathlib import Path
+from arena.workers.processes import Processes
+
+if __name__ == "__main__":
+    staff = Processes(["cpu", "cpu"])
+    staff.begin(b"")
+    staff.hire(), staff.hire()
+    for number in staff.processes():
+        blocked = re.search(r"SigBlk:\\s*(\\w+)", Path(f"/proc/{number}/status").read_text())[1]
+        print(int(blocked, 16) >> 1 & 1)
+    staff.close()
+"""
+
+
+@needs_proc
+def test_no_worker_hears_an_interrupt_from_its_first_moment_on(tmp_path):
+    """In a process of its own: the first worker ever is the one that once did."""
+    (tmp_path / "deaf.py").write_text(DEAF)
+    done = subprocess.run([sys.executable, tmp_path / "deaf.py"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["1", "1"], done.stderr
+
+
 @needs_proc
 def test_an_interrupt_ends_workers_after_a_snapshot(arena, tmp_path):
     process = arena("stopped", "--devices", "cpu,cpu", vs="square(queries=20000)")
