@@ -109,6 +109,7 @@ def arrange(question: Question, running: Running, registry: Registry) -> Arrange
             "seed": question.seed,
             "protocol": question.protocol,
             "precision": SEARCHES[running.precision],
+            **({"compiled": True} if running.compile else {}),
             "matrix": running.matrix,
             "audit": [AUDIT_VERSION, running.audit],
             **({} if question.budget is None else {"budget": question.budget}),

@@ -84,6 +84,8 @@ class Attacker:
         if self._search is None:
             passes = (0, 0) if self.shared else self.passes
             x, met = self.pool.x, self.met
+            if self.running.compile:
+                self.watch.say("compiling the passes: up to a minute or two, less the next time")
             self._search = Search(self.build, self.surface, self.n_classes, x, met, self.running, passes)
         return self._search
 
@@ -120,6 +122,7 @@ class Attacker:
                 probe=self.pool.x[:PROBE].cpu().numpy(),
                 most=most,
                 precision=target.precision,
+                compile=self.search.cheaper.compiled,
                 batch_size=running.batch_size,
                 every=EVERY,
                 passes=(self.passes[0] // staff.size, self.passes[1] // staff.size),

@@ -41,10 +41,18 @@ class Cheaper:
     channels_last: bool = False
     precision: str = "fp32"
     """Of the passes: ``fp32`` or ``bf16``."""
+    compiled: bool = False
+    """Passes are compiled code (``arena.compiling``)."""
     gap: float = 0.0
     """Largest difference to the eager model's scores on the probe, as a share of their spread, without bf16's."""
     note: str = ""
     """Why less was done than could be."""
+
+    def and_compiled(self, why: str) -> Cheaper:
+        """Return this with its passes compiled; or, with ``why`` they are not, with that said."""
+        if not why:
+            return replace(self, compiled=True)
+        return replace(self, note="; ".join(n for n in (self.note, f"not compiled: {why}") if n))
 
     def record(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -81,6 +89,11 @@ def make_cheaper(
             return model, replace(done, precision="bf16")
     model, done = _made(build, eager, surface, x, wide)
     return model, _in_fp32(done, why) if precision == "bf16" else done
+
+
+def in_a_line(error: Exception) -> str:
+    """Return the kind of an error, and its first line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _in_fp32(done: Cheaper, why: str) -> Cheaper:
@@ -135,8 +148,7 @@ def _attempt(
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         gap, slope = differences(eager, model, surface, x)
     except Exception as e:  # foreign code may mind; then it is left alone
-        said = (str(e).strip().splitlines() or [""])[0]
-        return None, Cheaper(), f"the {what} copy failed: {type(e).__name__}: {said}"
+        return None, Cheaper(), f"the {what} copy failed: {in_a_line(e)}"
     if not gap <= TOLERANCE:
         return None, Cheaper(), f"the {what} copy differs from the eager model by {gap:.2g} of the scores' spread"
     if not slope <= GRADIENT_TOLERANCE:
@@ -160,7 +172,7 @@ def _bf16_differs(eager: nn.Module, model: nn.Module, surface: Surface, x: Tenso
             target.answer(Query(x.unsqueeze(1), "ce", weights, grad=True, surrogate=mode), y)
         gaps = apart(expected.flatten(0, 1), (seen if seen.dim() == 3 else seen.unsqueeze(1)).flatten(0, 1))
     except Exception as e:  # foreign code may mind bf16; then it is searched in fp32, and the record says why
-        return f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}"
+        return in_a_line(e)
     finally:
         target.close()
     share = float((~(gaps <= BF16_TOLERANCE)).float().mean())

@@ -145,10 +145,9 @@ def _timed(target: Target, x: Tensor, size: int, enough: float, spent: float) ->
 
 def bare_pass(target: Target, x: Tensor, grad: bool) -> None:
     """Run the model once on a batch, in the target's precision, with nothing around it; and once back."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=target.precision == "bf16"):
-        leaf = x.detach().requires_grad_(grad)
-        with torch.set_grad_enabled(grad):
-            out = target.model(leaf)
+    leaf = x.detach().requires_grad_(grad)
+    with torch.set_grad_enabled(grad):
+        out = target.bare(leaf)
     if grad and out.requires_grad:
         torch.autograd.grad(out.sum(), leaf, allow_unused=True)
 

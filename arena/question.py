@@ -39,13 +39,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Running:
-    """How it is answered: with the precision as the one exception, nothing here changes what the attacks find."""
+    """How it is answered: with precision and compilation as exceptions, nothing here changes what the attacks find."""
 
     device: str = "auto"
     batch_size: int | None = None
     """Largest physical batch; None chooses."""
     precision: str = "fp32"
     """Of the search, ``fp32`` or ``bf16``; the referee judges in fp32."""
+    compile: bool = False
+    """Search with compiled passes; the referee's are eager."""
     replay: bool = False
     """Attack again although a result is stored."""
     retrain: bool = False

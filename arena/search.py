@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from arena.cheaper import Cheaper, make_cheaper
 from arena.check import PROBE
+from arena.compiling import compile_passes
 from arena.engine import Outcome
 from arena.guard import Guard
 from arena.lineup import Planned
@@ -69,6 +70,9 @@ class Search:
         self.target = Target(
             model, self._surface, self._n_classes, device=running.device, precision=self.cheaper.precision
         )
+        if running.compile:
+            why = compile_passes(self.target, self._x)
+            self.cheaper = self.cheaper.and_compiled(why)
         self.guard = Guard(self.target, self._x)
 
     def renew(self) -> None:

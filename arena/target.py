@@ -8,7 +8,7 @@ with MKL also a batch of 8 in a linear layer of 256 inputs; multiples of 8 from 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -77,6 +77,9 @@ class Target:
     precision: str = "fp32"
     """``fp32``, or ``bf16``: passes under autocast; what is read of them is brought to fp32. A mistake that bf16 sees
     where it counts is looked at once more in fp32, so no attack lets a point go for one that is none."""
+    compiled: Callable[[Tensor], Reading] | None = None
+    """Reads the model as ``reader`` does, in compiled code (``arena.compiling``); surrogates and what is looked at in
+    fp32 are read eagerly."""
     live: int = LIVE
     """Rows of an attack at work at a time where a batch is smaller, so that few survivors make whole batches."""
 
@@ -84,22 +87,24 @@ class Target:
         keep_freed_memory()
         self.batch_size = padded(self.batch_size)
         self.model.eval().requires_grad_(False)
-        self._reader = Reader(self.model, self.surface)
+        self.reader = Reader(self.model, self.surface)
+        """Reads the model eagerly."""
         selects(self.model, self.surface)  # a declared choice that is none is said before the first pass
         self.module = CountedModule(self)
 
     def close(self) -> None:
         """Remove the hooks from the model."""
-        self._reader.close()
+        self.reader.close()
 
     @contextmanager
     def in_fp32(self) -> Iterator[None]:
-        """Make all passes inside in fp32."""
-        before, self.precision = self.precision, "fp32"
+        """Make all passes inside in fp32, eagerly."""
+        before = self.precision, self.compiled
+        self.precision, self.compiled = "fp32", None
         try:
             yield
         finally:
-            self.precision = before
+            self.precision, self.compiled = before
 
     def logits(self, x: Tensor) -> Tensor:
         """Return main logits (N, K) of images (N, C, H, W), without gradient."""
@@ -126,7 +131,7 @@ class Target:
         seen = _plainly(x)
         if seen.requires_grad:
             seen.register_hook(lambda _grad: self._counted(count))
-        reading = self._reader(pad(seen))
+        reading = self.reader(pad(seen))
         heads = {name: scores[:count] for name, scores in reading.heads.items()}
         return Reading(reading.logits[:count], heads, {name: gate[:count] for name, gate in reading.gates.items()})
 
@@ -232,7 +237,7 @@ class Target:
             totals[1:3], draws[1:3] = [None, None], [query.looks, query.looks]
             for _ in range(query.looks):
                 with torch.no_grad():
-                    logits = self._cast(self._reader, x).logits
+                    logits = self._cast(self.reader, x).logits
                 _add(totals, (None, logits, _errors(logits, labels)), count)
         found = [t / n if n > 1 and t is not None else t for t, n in zip(totals, draws, strict=True)]
         again = None
@@ -284,13 +289,17 @@ class Target:
             self.meter.forwards += len(rows)
         return doubt.to(torch.int64)
 
+    def bare(self, x: Tensor) -> Tensor:
+        """Return logits (N, K) of images (N, C, H, W) by the model's pass with nothing around it: not counted."""
+        return self._cast(self.compiled or self.reader, x).logits
+
     def _read(self, x: Tensor, query: Query) -> Reading:
         source = query.surrogate.source if query.surrogate else ""
         if source:
             return Reading(self.sources[source](x), {}, {})
-        return self._cast(self._reader, x)
+        return self._cast(self.reader if query.surrogate else self.compiled or self.reader, x)
 
-    def _cast(self, read: Reader, x: Tensor) -> Reading:
+    def _cast(self, read: Callable[[Tensor], Reading], x: Tensor) -> Reading:
         if self.precision == "fp32":
             return read(x)
         with torch.autocast(x.device.type, torch.bfloat16):

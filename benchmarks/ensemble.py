@@ -59,6 +59,7 @@ def settings_of(given: argparse.Namespace) -> Settings:
         fast=given.fast,
         full=given.full,
         bf16=given.bf16,
+        compile=given.compile,
         devices=_names(given.devices),
         frontier=tuple(split(given.frontier)) if given.frontier else (),
         pairs=given.pairs,
@@ -97,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--fast", default="quick", help="the roster that is to be as good for less")
     made.add_argument("--full", default="autoattack", help="the roster that it is compared with")
     made.add_argument("--bf16", action="store_true", help="play both rosters in bf16 too")
+    made.add_argument("--compile", action="store_true", help="play the full roster with compiled passes too")
     made.add_argument("--devices", default="", help="share the full roster among these too, such as cpu,cpu")
     made.add_argument("--frontier", default=FRONTIER, help="more entries to set against passes")
     made.add_argument("--pairs", type=int, default=1, help="runs of each way; ways take turns")

@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 @click.option(
     "--precision", type=click.Choice(("fp32", "bf16")), default="fp32", help="Of the search.  [default: fp32]"
 )
+@click.option(
+    "--compile", is_flag=True, help="Search with compiled passes: for long matches on large pictures; needs a compiler."
+)
 @options.checkpoint
 @options.surface
 @click.option(
@@ -175,7 +178,7 @@ def how(given: dict[str, Any]) -> Running:
     """Take what says how to run out of the options."""
     from arena.question import Running
 
-    names = ("device", "batch_size", "precision", "replay", "retrain", "matrix", "audit", "time_limit")
+    names = ("device", "batch_size", "precision", "compile", "replay", "retrain", "matrix", "audit", "time_limit")
     taken = {k: given.pop(k) for k in (*names, "devices", "engine", "ray_address", "workers")}
     return Running(**{k: v for k, v in taken.items() if v is not None})
 

@@ -360,6 +360,7 @@ def _passes(record: Record) -> str:
     words += [f"{search['folded']} batch norms folded"] if search.get("folded") else []
     words += ["channels last"] if search.get("channels_last") else []
     words += ["bf16"] if search.get("precision") == "bf16" else []
+    words += ["compiled"] if search.get("compiled") else []
     words += [f"{search['again']} mistakes looked at once more in fp32"] if search.get("again") else []
     words += [str(search["note"])] if search.get("note") else []
     return ", ".join(words)

@@ -29,6 +29,7 @@ class Order:
     most: int
     """Rows that a piece of work has at most: no batch is larger."""
     precision: str
+    compile: bool
     batch_size: int | None
     passes: tuple[int, int]
     """The most forwards and backwards that a worker makes of the match, if all make as many."""

@@ -69,7 +69,7 @@ class Worker:
         x = torch.from_numpy(order.probe)
         if len(x) >= PROBE:  # else the match has no more points than these
             x = x[torch.arange(max(order.most, PROBE)) % PROBE]
-        running = Running(device=device, batch_size=order.batch_size, precision=order.precision)
+        running = Running(device=device, batch_size=order.batch_size, precision=order.precision, compile=order.compile)
         met = torch.ones(len(x), dtype=torch.bool)
         ground = order.ground
         self.search = Search(self._build, ground.surface, ground.n_classes, x.to(device), met, running, order.passes)

@@ -20,7 +20,7 @@ from arena.journal import Journal
 from arena.lineup import Planned, check_entries, line_up
 from arena.playing import Playing
 from arena.plugins import Registry
-from arena.question import Question, Running
+from arena.question import Question
 from arena.referee import Referee
 from arena.results import packed
 from arena.rng import Stream
@@ -35,6 +35,10 @@ from arena.workers.staff import engaged
 from .bare import Bare, timed
 from .cases import Subject
 from .plain import BATCH, drive
+from .style import Style
+
+#: In fp32, eagerly, by one process.
+PLAINLY = Style()
 
 
 @contextmanager
@@ -51,15 +55,14 @@ def on_threads(count: int) -> Iterator[None]:
 def play(
     subject: Subject,
     entry: str,
-    precision: str,
+    style: Style,
     seed: int,
     threads: int,
     registry: Registry,
-    devices: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Play an entry of ``--vs`` as ``arena match`` does, without the audit, the store or anything left from before.
 
-    ``threads`` are torch's; a match of a small model takes one, whatever they are. ``devices`` share the points.
+    ``threads`` are torch's; a match of a small model takes one, whatever they are.
 
     Raises:
         ArenaError: an attack failed, or the model cannot be attacked.
@@ -67,7 +70,7 @@ def play(
     contender, entries = subject.obtain(), check_entries((entry,), registry)
     asked = Question(subject.case.defense, entries, n=len(subject.index), seed=seed, train_seed=subject.seed)
     arranged = Arrangement(asked, entries, subject.images, subject.threat, subject.index, subject.plan, "")
-    running = Running(device="cpu", precision=precision, audit="none", devices=devices)
+    running = style.running()
     with tempfile.TemporaryDirectory() as folder, on_threads(threads):
         match = Playing(arranged, running, registry, contender, Journal(Path(folder)), Silent())
         few = small("cpu", contender.parameters, subject.images.shape)
@@ -169,19 +172,18 @@ def play_in_turn(
     seed: int,
     threads: int,
     registry: Registry,
-    precision: str = "fp32",
-    devices: tuple[str, ...] = (),
+    style: Style = PLAINLY,
 ) -> dict[str, Any]:
     """Play an entry, and time bare passes of the same search copy at the same batch size before and after."""
     contender, x = subject.obtain(), subject.x
     few = small("cpu", contender.parameters, subject.images.shape)
     met = torch.ones(len(x), dtype=torch.bool)
     with on_threads(threads), one_thread(few):
-        running = Running(device="cpu", precision=precision)
+        running = style.running(shared=False)
         search = Search(contender.build, contender.surface, subject.images.n_classes, x, met, running)
         chosen = Bare.of(search.target, x, search.target.batch_size)
         chosen.look()
-    made = play(subject, entry, precision, seed, threads, registry, devices)
+    made = play(subject, entry, style, seed, threads, registry)
     with on_threads(threads), one_thread(few):
         if made["batch_size"] != search.target.batch_size:  # the match measured another size to be the best
             chosen = Bare.of(search.target, x, made["batch_size"])

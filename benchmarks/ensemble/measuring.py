@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from . import games
 from .cases import Case, Subject, named, subject
 from .cells import Cells
 from .peers import Environment
+from .style import Style
 
 #: The reference's members by arena's names, and a variant of torchattacks' that shows what a difference comes from:
 #: Square with squares that reach the last row and column, which its own never do.
@@ -46,6 +47,8 @@ class Settings:
     full: str
     bf16: bool
     """Play both rosters in bf16 too."""
+    compile: bool
+    """Play the full roster with compiled passes too."""
     devices: tuple[str, ...]
     """Share the full roster among these too; then it and the plain run, on as many threads, are compared."""
     frontier: tuple[str, ...]
@@ -116,16 +119,6 @@ class Found:
 Say = Callable[[str], None]
 
 
-def in_bf16(way: str) -> str:
-    """Name the way of a roster that is played in bf16."""
-    return f"{way}, bf16"
-
-
-def on_devices(way: str, devices: int) -> str:
-    """Name the way of a roster that is shared among so many devices."""
-    return f"{way}, on {devices}"
-
-
 def opposing(member: str, variant: str = "") -> str:
     """Name the way of torchattacks' member, or of a variant of it."""
     return ", ".join(word for word in (member, "torchattacks", variant) if word)
@@ -162,45 +155,51 @@ class Bench:
 
     def _runs(self) -> None:
         for on, threads, pair in self._turns(self.settings.cases, self.settings.seeds):
-            ways = self.ways()
+            ways = self.taking_turns()
             for way in ways if pair % 2 == 0 else ways[::-1]:
                 self._whole(on, way, threads, pair)
-            for way in self.shared() if threads == self.settings.threads[0] else ():
+            shared = self.settings.devices and threads == self.settings.threads[0]
+            for way in self.taking_turns(shared=True) if shared else ():
                 self._whole(on, way, len(self.settings.devices), pair)
 
-    def shared(self) -> list[str]:
-        """List the whole evaluations that take turns on as many cores as there are devices."""
+    def styles(self, entry: str) -> dict[str, tuple[str, Style]]:
+        """Return the styles in which an entry is played on one device, and the entry, by the way's name."""
         s = self.settings
-        full = [s.full, *([in_bf16(s.full)] if s.bf16 else [])] if "full" in s.ways else []
-        plain = [f"{s.full}, plain"] if "plain" in s.ways else []
-        return [*(on_devices(way, len(s.devices)) for way in full), *plain] if s.devices else []
+        compiled = (False, True) if s.compile and entry == s.full else (False,)
+        found = [Style(p, c) for p in (("fp32", "bf16") if s.bf16 else ("fp32",)) for c in compiled]
+        return {style.way(entry): (entry, style) for style in found}
 
-    def ways(self) -> list[str]:
-        """List the whole evaluations that take turns."""
+    def shared(self) -> dict[str, tuple[str, Style]]:
+        """Return the same of the full roster on all devices."""
+        devices = self.settings.devices
+        found = [(entry, replace(style, devices=devices)) for entry, style in self.styles(self.settings.full).values()]
+        return {style.way(entry): (entry, style) for entry, style in found} if devices else {}
+
+    def taking_turns(self, shared: bool = False) -> list[str]:
+        """List the whole evaluations that take turns; if ``shared``, on as many cores as there are devices."""
         s = self.settings
         known = {
-            "fast": [s.fast, *([in_bf16(s.fast)] if s.bf16 else [])],
-            "full": [s.full, *([in_bf16(s.full)] if s.bf16 else [])],
+            "fast": [] if shared else [*self.styles(s.fast)],
+            "full": [*(self.shared() if shared else self.styles(s.full))],
             "plain": [f"{s.full}, plain"],
-            "reference": ["reference"] if self.peers.has("pyautoattack") else [],
+            "reference": [] if shared or not self.peers.has("pyautoattack") else ["reference"],
         }
         return [way for name in s.ways for way in known[name]]
 
     def _whole(self, on: Subject, way: str, threads: int, pair: int, into: list[Run] | None = None) -> None:
         """Measure one whole evaluation, with attack seed 0."""
         s = self.settings
-        alone = way.removesuffix(on_devices("", len(s.devices)))
-        entry = alone.removesuffix(", bf16").removesuffix(", plain")
         if way == "reference":
             asked = self._asked(on, way, threads, pair, self.peers.version("pyautoattack"))
             work = self._peer(on, "reference", "pyautoattack", threads, 0)
         elif way == f"{s.full}, plain":
-            asked = self._asked(on, way, threads, pair, self._made_of(entry, on))
-            work = lambda: games.play_plainly(on, entry, 0, threads, self.registry)  # noqa: E731
+            asked = self._asked(on, way, threads, pair, self._made_of(s.full, on))
+            work = lambda: games.play_plainly(on, s.full, 0, threads, self.registry)  # noqa: E731
         else:
+            known = self.styles(s.fast) | self.styles(s.full) | self.shared()
+            entry, style = known.get(way, (way, games.PLAINLY))
             asked = self._asked(on, way, threads, pair, self._made_of(entry, on))
-            precision = "bf16" if alone.endswith(", bf16") else "fp32"
-            work = self._in_turn(on, entry, threads, precision, () if alone == way else s.devices)
+            work = self._in_turn(on, entry, threads, style)
         self._keep("runs", self.found.runs if into is None else into, on, asked, work)
 
     def _members(self) -> None:
@@ -220,7 +219,7 @@ class Bench:
                 self._keep("members", self.found.members, on, asked, work)
 
     def _engine(self, on: Subject, entry: str, seed: int, threads: int) -> Callable[[], dict[str, Any]]:
-        return lambda: games.play(on, entry, "fp32", seed, threads, self.registry)
+        return lambda: games.play(on, entry, games.PLAINLY, seed, threads, self.registry)
 
     def _overhead(self) -> None:
         s = self.settings
@@ -238,18 +237,18 @@ class Bench:
                     self.found.left_out.setdefault(library, "not installed")
 
     def _in_turn(
-        self, on: Subject, entry: str, threads: int, precision: str = "fp32", devices: tuple[str, ...] = ()
+        self, on: Subject, entry: str, threads: int, style: Style = games.PLAINLY
     ) -> Callable[[], dict[str, Any]]:
         def work() -> dict[str, Any]:
             self._warm_up(on)
-            return games.play_in_turn(on, entry, 0, threads, self.registry, precision, devices)
+            return games.play_in_turn(on, entry, 0, threads, self.registry, style)
 
         return work
 
     def _warm_up(self, on: Subject) -> None:
         """Play one step, so that no first match of a process pays for what is loaded once."""
         if not self._warm:
-            games.play(on, "pgd(steps=1)", "fp32", 0, 1, self.registry)  # moves also where gradients vanish
+            games.play(on, "pgd(steps=1)", games.PLAINLY, 0, 1, self.registry)  # moves also where gradients vanish
         self._warm = True
 
     def _frontier(self) -> None:

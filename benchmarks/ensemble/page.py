@@ -165,6 +165,8 @@ NOTES = """\
   authors' code: settings, order and survivors are theirs; how it is called and what it logs are not. What it returns is
   judged by arena's referee. Its noise is its own: its outcomes are compared by test, not point by point.
 - *bf16* is the same with `--precision bf16`; forwards that looked at a mistake once more in fp32 count.
+- *compiled* is the same with `--compile`, which leaves pictures of at most 256 numbers, the digits', as they are. The
+  time to compile, seconds to a minute, is in *whole*.
 - *on 2* is `--devices cpu,cpu`: two processes share the points, one thread each. What it is compared with has torch's
   own two threads. Its seconds leave out the start of the processes, which is in *whole*.
 - *only* counts points over all train seeds that one side alone breaks. p is McNemar's exact test in which an image

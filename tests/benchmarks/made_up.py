@@ -19,6 +19,7 @@ SETTINGS = {
     "fast": "staged",
     "full": "autoattack",
     "bf16": False,
+    "compile": False,
     "devices": (),
     "frontier": ("apgd_ce(steps=10)",),
     "pairs": 2,

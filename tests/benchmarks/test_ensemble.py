@@ -166,7 +166,7 @@ def means(arena_home):
 def test_a_match_and_the_plain_driver_give_cells_of_one_form(means, monkeypatch, arena_home):
     monkeypatch.setattr(bare, "A_LOOK", 0.0)
     entry = "apgd_t(steps=4,targets=2)"
-    played = games.play(means, entry, "fp32", 0, 1, registry())
+    played = games.play(means, entry, games.PLAINLY, 0, 1, registry())
     turned = games.play_in_turn(means, entry, 0, 1, registry())
     driven = games.play_plainly(means, entry, 0, 1, registry())
     runs = [measuring.Run("cnn", 0, "x", 1, 0, c) for c in (played, turned, driven)]
@@ -270,8 +270,8 @@ def test_devices_share_the_full_roster_beside_the_plain_run_on_as_many_threads(t
     made.settings = dataclasses.replace(made.settings, devices=("cpu", "cpu"))
     answer = games.play_in_turn
 
-    def noted(subject, entry, seed, threads, registry, precision="fp32", devices=()):
-        given.append((entry, threads, precision, devices))
+    def noted(subject, entry, seed, threads, registry, style):
+        given.append((entry, threads, style.precision, style.devices))
         return answer(subject, entry)
 
     monkeypatch.setattr(games, "play_in_turn", noted)

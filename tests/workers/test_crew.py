@@ -203,9 +203,21 @@ def test_a_worker_of_another_version_is_refused(registry, hired, monkeypatch):
         ask(registry, running=TWO)
 
 
+def test_workers_compile_where_the_match_does(registry, hired, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("arena.search.compile_passes", lambda target, x: compiled.append(target) or "")
+    hired(Threads(2))
+    record = ask(registry, running=dataclasses.replace(TWO, compile=True)).record
+    assert len(compiled) == 3  # the match's own copy, and one a worker
+    assert record["provenance"]["search"]["compiled"]
+    monkeypatch.setattr("arena.search.compile_passes", lambda target, x: compiled.append(target) or "it minds")
+    ask(registry, running=dataclasses.replace(TWO, compile=True, replay=True))
+    assert len(compiled) == 4  # what the match's own copy cannot, theirs are not asked to
+
+
 def test_what_cannot_be_sent_is_said():
     model = SimpleNamespace(name="mine.py:factory", readout=lambda model, x: {})
-    order = Order(model, None, None, 32, "fp32", None, (0, 0), 1.0, 1)
+    order = Order(model, None, None, 32, "fp32", False, None, (0, 0), 1.0, 1)
     with pytest.raises(ArenaError, match=r"^'mine.py:factory' cannot be sent to other processes: "):
         crews.Crew(Threads()).begin(order)
 
