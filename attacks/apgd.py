@@ -137,7 +137,7 @@ class Apgd:
 
         threat, x = self.setup.threat, state["x"]
         ahead = threat.project(x, ascend(threat, here, from_grad, rows(size, point)))
-        drift = here + (ahead - here) * MOMENTUM + (here - state["before"]) * (1 - MOMENTUM)
+        drift = (ahead - here).mul_(MOMENTUM).add_(here).add_((here - state["before"]).mul_(1 - MOMENTUM))
         moved = threat.project(x, drift)
         if begun:
             moved = ahead.where(rows(first, point), moved)

@@ -73,7 +73,7 @@ def ascend(threat: Threat, point: Tensor, grad: Tensor, size: Tensor | float) ->
     """
     grad = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
     if threat.norm == "Linf":
-        return point + grad.sign() * size
+        return grad.sign_().mul_(size).add_(point)
     unit = grad.flatten(1)
     # the largest entry first: squares of a gradient as small as 1e-25 would vanish in float32
     unit = unit / unit.abs().amax(1, keepdim=True).clamp_min(1e-37)

@@ -58,6 +58,8 @@ class Settings:
     """Cases on which members are compared."""
     overhead: tuple[str, ...]
     """Cases on which the overhead is measured."""
+    overhead_n: int
+    """Its points on CIFAR-10."""
     steps: int
     queries: int
     parts: tuple[str, ...]
@@ -223,7 +225,7 @@ class Bench:
 
     def _overhead(self) -> None:
         s = self.settings
-        for on, threads, pair in self._turns(s.overhead, s.seeds[:1]):
+        for on, threads, pair in self._turns(s.overhead, s.seeds[:1], cifar_n=s.overhead_n):
             entry = f"pgd(steps={PGD_STEPS})"
             asked = self._asked(on, "pgd, arena", threads, pair, self._made_of(entry, on))
             self._keep("overhead", self.found.overhead, on, asked, self._in_turn(on, entry, threads))
@@ -262,23 +264,24 @@ class Bench:
     # -- cells -----------------------------------------------------------------------------------------------------
 
     def _turns(
-        self, cases: Sequence[str], seeds: Sequence[int], once: bool = False
+        self, cases: Sequence[str], seeds: Sequence[int], once: bool = False, cifar_n: int | None = None
     ) -> Iterator[tuple[Subject, int, int]]:
         """Yield (subject, threads, pair); ``once``: one number of threads and one pair, for exact figures only."""
+        cifar_n = cifar_n or self.settings.cifar_n
         for name in cases:
             case = named(name)
             if case.cifar and self.settings.cifar is None:
                 self.found.left_out[f"case {name}"] = "no --cifar FILE was given"
                 continue
             for seed in seeds:
-                on = self._subject(case, seed)
+                on = self._subject(case, seed, cifar_n)
                 for threads in self.settings.threads[: 1 if once else None]:
                     for pair in range(1 if once else self.settings.pairs):
                         yield on, threads, pair
 
-    def _subject(self, case: Case, seed: int) -> Subject:
+    def _subject(self, case: Case, seed: int, cifar_n: int) -> Subject:
         s = self.settings
-        return subject(case, seed, s.cifar_n if case.cifar else s.n, s.cifar, self.registry, Watching())
+        return subject(case, seed, cifar_n if case.cifar else s.n, s.cifar, self.registry, Watching())
 
     def _asked(self, on: Subject, way: str, threads: int | None, pair: int, what: Any) -> dict[str, Any]:
         """Return a cell's question; ``threads`` None: it is about outcomes and passes, which threads do not change."""

@@ -147,8 +147,9 @@ def settings_lines(found: Found, settings: Settings, versions: Sequence[str]) ->
         f"- Measured {dates[0]}{'' if dates[0] == dates[-1] else f' to {dates[-1]}'}; load of the machine when a cell "
         f"began: {loads[0]:.1f} to {loads[-1]:.1f}.",
         f"- torch's threads: {threads}. A match of a small model takes one of them, whatever it is given.",
-        f"- Digits: {settings.n} points, Linf eps 0.2; CIFAR-10: the first {settings.cifar_n} test pictures, Linf eps "
-        f"8/255. Train seeds {', '.join(map(str, settings.seeds))}; attack seed 0, of the members the train seed.",
+        f"- Digits: {settings.n} points, Linf eps 0.2; CIFAR-10: the first {settings.cifar_n} test pictures, for the "
+        f"overhead {settings.overhead_n}, Linf eps 8/255. Train seeds {', '.join(map(str, settings.seeds))}; attack "
+        "seed 0, of the members the train seed.",
         f"- Members: {settings.steps} iterations, {settings.queries:,} queries, one restart, 9 targets, Square without "
         "rescaling its schedule; torchattacks' in batches of 250, all other settings the reference's.",
         f"- Ways take turns; seconds are medians over {settings.pairs} turn{'s' * (settings.pairs != 1)}. Forwards and "

@@ -262,7 +262,7 @@ def passes(runs: Sequence[Run]) -> str:
 
 def overhead(runs: Sequence[Run]) -> Table:
     """Set seconds against bare passes, libraries beside each other."""
-    rows = [["case", "what", "threads", "batch", "passes", "seconds", "bare", "over bare", "robust"]]
+    rows = [["case", "what", "points", "threads", "batch", "passes", "seconds", "bare", "over bare", "robust"]]
     for case in cases_of(runs):
         for way in dict.fromkeys(r.way for r in runs):
             for threads in dict.fromkeys(r.threads for r in pick(runs, case=case, way=way)):
@@ -271,6 +271,7 @@ def overhead(runs: Sequence[Run]) -> Table:
                     [
                         f"`{case}`",
                         way,
+                        str(some[0].n),
                         str(some[0].cell["threads"]),
                         str(some[0].cell["batch_size"]),
                         passes(some[:1]),

@@ -264,6 +264,16 @@ def test_ways_take_turns_and_a_case_without_its_file_is_told(tmp_path, monkeypat
         cases.subject(cases.named("cifar"), 0, 4, None, registry(), measuring.Watching())
 
 
+def test_the_overhead_has_its_own_number_of_pictures(tmp_path, monkeypatch):
+    asked = []
+    changes = {"cases": ("cifar",), "overhead": ("cifar",), "cifar": tmp_path, "parts": ("runs", "overhead")}
+    made, _ = bench(tmp_path, monkeypatch, [], seeds=(0,), **changes)
+    monkeypatch.setattr(measuring, "subject", lambda case, seed, n, *_: asked.append(n) or digits_case)
+    digits_case = cases.subject(cases.named("cnn"), 0, 4, None, registry(), measuring.Watching())
+    made.run()
+    assert asked == [4, 6]
+
+
 def test_devices_share_the_full_roster_beside_the_plain_run_on_as_many_threads(tmp_path, monkeypatch):
     given = []
     made, _ = bench(tmp_path, monkeypatch, [], seeds=(0,), cases=("cnn",), parts=("runs",), bf16=True, pairs=1)
