@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from arena.arrangement import Arrangement
 from arena.check import PROBE
+from arena.compiling import unfit
 from arena.contender import Contender
 from arena.engine import Keeper, Outcome
 from arena.ground import Ground
@@ -84,7 +85,7 @@ class Attacker:
         if self._search is None:
             passes = (0, 0) if self.shared else self.passes
             x, met = self.pool.x, self.met
-            if self.running.compile:
+            if self.running.compile and not unfit(self.surface, x):
                 self.watch.say("compiling the passes: up to a minute or two, less the next time")
             self._search = Search(self.build, self.surface, self.n_classes, x, met, self.running, passes)
         return self._search

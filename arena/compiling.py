@@ -21,7 +21,8 @@ from arena.attack import Answer, Query
 from arena.cheaper import BF16_SHARE, BF16_TOLERANCE, GRADIENT_TOLERANCE, TOLERANCE, in_a_line
 from arena.check import PROBE
 from arena.comparing import apart
-from arena.surface import Reader, Reading
+from arena.points import Rows
+from arena.surface import Reader, Reading, Surface
 from arena.target import PAD, Meter, Target, pad
 from arena.threads import SMALL_IMAGE
 
@@ -43,8 +44,19 @@ class Compiled:
 
     def __call__(self, x: Tensor) -> Reading:
         """Read images (N, C, H, W); from call to call only N may change."""
+        x = x.contiguous()  # one layout, one trace
         torch._dynamo.mark_dynamic(x, 0)
         return Reading(*(self._both if x.requires_grad else self._forward)(x))
+
+
+def unfit(surface: Surface, x: Tensor | Rows) -> str:
+    """Return why a model's passes on images (N, C, H, W) are not worth a try; empty if they are."""
+    if surface.random:
+        return "the model is random"
+    first = x[:1]
+    if first.device.type == "cpu" and first.numel() <= SMALL_IMAGE:
+        return f"pictures of up to {SMALL_IMAGE} numbers take no less time so"
+    return ""
 
 
 def compile_passes(target: Target, x: Tensor) -> str:
@@ -54,11 +66,9 @@ def compile_passes(target: Target, x: Tensor) -> str:
         target: whose passes; ``compiled`` is set.
         x: clean images (N, C, H, W), of which ``PROBE`` are compared on.
     """
+    if why := unfit(target.surface, x):
+        return why
     x = pad(x[:PROBE])
-    if target.surface.random:
-        return "the model is random"
-    if x.device.type == "cpu" and x[0].numel() <= SMALL_IMAGE:
-        return f"pictures of up to {SMALL_IMAGE} numbers take no less time so"
     counted = target.meter
     target.meter = Meter()
     try:

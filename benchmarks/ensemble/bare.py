@@ -13,9 +13,12 @@ from torch import Tensor
 
 from arena.pace import bare_pass
 from arena.target import Target
+from arena.watch import Silent
 
 #: Seconds that one look takes, after a pair of passes that is not timed; and the least pairs.
 A_LOOK, LEAST = 0.5, 5
+#: Looks inside a run take about this share of its seconds.
+SHARE = 0.1
 
 
 @dataclass
@@ -33,10 +36,10 @@ class Bare:
         """Time batches of ``batch`` rows of images (N, C, H, W), repeated where there are fewer."""
         return cls(target, x[torch.arange(min(batch, len(x)) or 1) % max(len(x), 1)])
 
-    def look(self) -> None:
+    def look(self, seconds: float = A_LOOK) -> None:
         """Time passes for a while."""
         began, turn = time.perf_counter(), 0
-        while turn <= LEAST or time.perf_counter() - began < A_LOOK:
+        while turn <= LEAST or time.perf_counter() - began < seconds:
             for grad, kept in self.times.items():
                 start = time.perf_counter()
                 bare_pass(self.target, self.rows, grad)
@@ -48,6 +51,24 @@ class Bare:
         """Return what so many forwards and backwards, of rows, take: each backward with a forward of its own."""
         forward, both = (statistics.median(self.times[grad]) for grad in (False, True))
         return max(forwards - backwards, 0) * forward + backwards * both
+
+
+class Looking(Silent):
+    """Looks at bare passes again and again while a match goes on: what else the machine does meets both alike."""
+
+    def __init__(self, bare: Bare) -> None:
+        self.bare = bare
+        self.took = 0.0
+        """Seconds of all looks, which are among the match's own."""
+        self._due = 0.0
+
+    def advance(self, done: int, note: str = "") -> None:
+        """Look, if it is time."""
+        began = time.perf_counter()
+        if began >= self._due:
+            self.bare.look(0.0)
+            took = time.perf_counter() - began
+            self.took, self._due = self.took + took, began + took / SHARE
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,15 @@ from arena.threads import one_thread, small
 from arena.watch import Silent
 from arena.workers.staff import engaged
 
-from .bare import Bare, timed
+from .bare import Bare, Looking, timed
 from .cases import Subject
 from .plain import BATCH, drive
 from .style import Style
 
 #: In fp32, eagerly, by one process.
 PLAINLY = Style()
+#: Passes for which a batch size is chosen with care.
+LONG = 10**9, 10**9
 
 
 @contextmanager
@@ -59,6 +62,8 @@ def play(
     seed: int,
     threads: int,
     registry: Registry,
+    batch_size: int | None = None,
+    watch: Silent | None = None,
 ) -> dict[str, Any]:
     """Play an entry of ``--vs`` as ``arena match`` does, without the audit, the store or anything left from before.
 
@@ -70,9 +75,9 @@ def play(
     contender, entries = subject.obtain(), check_entries((entry,), registry)
     asked = Question(subject.case.defense, entries, n=len(subject.index), seed=seed, train_seed=subject.seed)
     arranged = Arrangement(asked, entries, subject.images, subject.threat, subject.index, subject.plan, "")
-    running = style.running()
+    running = replace(style.running(), batch_size=batch_size)
     with tempfile.TemporaryDirectory() as folder, on_threads(threads):
-        match = Playing(arranged, running, registry, contender, Journal(Path(folder)), Silent())
+        match = Playing(arranged, running, registry, contender, Journal(Path(folder)), watch or Silent())
         few = small("cpu", contender.parameters, subject.images.shape)
         cpu = time.process_time()
         with engaged(running) as staff, one_thread(few):
@@ -190,6 +195,28 @@ def play_in_turn(
             chosen.look()
         chosen.look()
     return {**made, "bare": round(chosen.seconds(made["forwards"], made["backwards"]), 6), "pace_bare": made["bare"]}
+
+
+def play_among_looks(subject: Subject, entry: str, seed: int, threads: int, registry: Registry) -> dict[str, Any]:
+    """Play an entry in fp32, and time bare passes of the same search copy and batch size again and again meanwhile.
+
+    The batch size is chosen beforehand, as a match chooses it. The looks' seconds are taken off the entry's.
+    """
+    contender, x = subject.obtain(), subject.x
+    few = small("cpu", contender.parameters, subject.images.shape)
+    met = torch.ones(len(x), dtype=torch.bool)
+    with on_threads(threads), one_thread(few):
+        running = PLAINLY.running()
+        search = Search(contender.build, contender.surface, subject.images.n_classes, x, met, running, LONG)
+        bare = Bare.of(search.target, x, search.target.batch_size)
+        bare.look()
+    looking = Looking(bare)
+    made = play(subject, entry, PLAINLY, seed, threads, registry, search.target.batch_size, looking)
+    with on_threads(threads), one_thread(few):
+        bare.look()
+    less = {key: round(made[key] - looking.took, 6) for key in ("seconds", "whole", "cpu")}
+    known = {"bare": round(bare.seconds(made["forwards"], made["backwards"]), 6), "pace_bare": made["bare"]}
+    return {**made, **less, **known}
 
 
 def masks(natural: Tensor, broken: Tensor) -> dict[str, Any]:

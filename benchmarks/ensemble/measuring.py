@@ -26,8 +26,8 @@ from .style import Style
 #: The reference's members by arena's names, and a variant of torchattacks' that shows what a difference comes from:
 #: Square with squares that reach the last row and column, which its own never do.
 MEMBERS = (("apgd_ce", ""), ("apgd_t", ""), ("fab_t", ""), ("square", ""), ("square", "to the rim"))
-#: What the overhead is measured on.
-PGD_STEPS = 20
+#: What the overhead is measured on, and in how many turns at least.
+PGD_STEPS, PGD_TURNS = 20, 5
 #: Whole evaluations: the two rosters, the full one driven plainly, and the reference.
 WAYS = ("fast", "full", "plain", "reference")
 #: The overhead's peers.
@@ -188,7 +188,7 @@ class Bench:
         }
         return [way for name in s.ways for way in known[name]]
 
-    def _whole(self, on: Subject, way: str, threads: int, pair: int, into: list[Run] | None = None) -> None:
+    def _whole(self, on: Subject, way: str, threads: int, pair: int) -> None:
         """Measure one whole evaluation, with attack seed 0."""
         s = self.settings
         if way == "reference":
@@ -202,7 +202,7 @@ class Bench:
             entry, style = known.get(way, (way, games.PLAINLY))
             asked = self._asked(on, way, threads, pair, self._made_of(entry, on))
             work = self._in_turn(on, entry, threads, style)
-        self._keep("runs", self.found.runs if into is None else into, on, asked, work)
+        self._keep("runs", self.found.runs, on, asked, work)
 
     def _members(self) -> None:
         s = self.settings
@@ -225,11 +225,13 @@ class Bench:
 
     def _overhead(self) -> None:
         s = self.settings
-        for on, threads, pair in self._turns(s.overhead, s.seeds[:1], cifar_n=s.overhead_n):
+        for on, threads, pair in self._turns(s.overhead, s.seeds[:1], cifar_n=s.overhead_n, pairs=PGD_TURNS):
             entry = f"pgd(steps={PGD_STEPS})"
             asked = self._asked(on, "pgd, arena", threads, pair, self._made_of(entry, on))
-            self._keep("overhead", self.found.overhead, on, asked, self._in_turn(on, entry, threads))
-            self._whole(on, s.full, threads, pair, self.found.overhead)
+            self._keep("overhead", self.found.overhead, on, asked, self._among_looks(on, entry, threads))
+            if pair == 0:  # it takes long enough to be its own median
+                asked = self._asked(on, s.full, threads, pair, self._made_of(s.full, on))
+                self._keep("overhead", self.found.overhead, on, asked, self._among_looks(on, s.full, threads))
             for library in PGD_PEERS:
                 if self.peers.has(library):
                     asked = self._asked(on, f"pgd, {library}", threads, pair, self.peers.version(library))
@@ -244,6 +246,13 @@ class Bench:
         def work() -> dict[str, Any]:
             self._warm_up(on)
             return games.play_in_turn(on, entry, 0, threads, self.registry, style)
+
+        return work
+
+    def _among_looks(self, on: Subject, entry: str, threads: int) -> Callable[[], dict[str, Any]]:
+        def work() -> dict[str, Any]:
+            self._warm_up(on)
+            return games.play_among_looks(on, entry, 0, threads, self.registry)
 
         return work
 
@@ -264,9 +273,17 @@ class Bench:
     # -- cells -----------------------------------------------------------------------------------------------------
 
     def _turns(
-        self, cases: Sequence[str], seeds: Sequence[int], once: bool = False, cifar_n: int | None = None
+        self,
+        cases: Sequence[str],
+        seeds: Sequence[int],
+        once: bool = False,
+        cifar_n: int | None = None,
+        pairs: int = 1,
     ) -> Iterator[tuple[Subject, int, int]]:
-        """Yield (subject, threads, pair); ``once``: one number of threads and one pair, for exact figures only."""
+        """Yield (subject, threads, pair), at least so many pairs.
+
+        ``once``: one number of threads and one pair, for exact figures only; ``cifar_n``: so many pictures of CIFAR-10.
+        """
         cifar_n = cifar_n or self.settings.cifar_n
         for name in cases:
             case = named(name)
@@ -276,7 +293,7 @@ class Bench:
             for seed in seeds:
                 on = self._subject(case, seed, cifar_n)
                 for threads in self.settings.threads[: 1 if once else None]:
-                    for pair in range(1 if once else self.settings.pairs):
+                    for pair in range(1 if once else max(self.settings.pairs, pairs)):
                         yield on, threads, pair
 
     def _subject(self, case: Case, seed: int, cifar_n: int) -> Subject:

@@ -17,7 +17,7 @@ from arena.home import atomic_write
 
 from . import tables
 from .frontier import figure, frontier, spots
-from .measuring import Found, Run, Settings
+from .measuring import PGD_TURNS, Found, Run, Settings
 from .tables import Compared, compare, couples, number, ratio, times
 
 #: What is asked of the fast roster and of the full one.
@@ -152,8 +152,9 @@ def settings_lines(found: Found, settings: Settings, versions: Sequence[str]) ->
         "seed 0, of the members the train seed.",
         f"- Members: {settings.steps} iterations, {settings.queries:,} queries, one restart, 9 targets, Square without "
         "rescaling its schedule; torchattacks' in batches of 250, all other settings the reference's.",
-        f"- Ways take turns; seconds are medians over {settings.pairs} turn{'s' * (settings.pairs != 1)}. Forwards and "
-        "backwards are rows, counted exactly, and do not differ from turn to turn.",
+        f"- Ways take turns; seconds are medians over {settings.pairs} turn{'s' * (settings.pairs != 1)}, of the "
+        f"overhead's PGD over {max(settings.pairs, PGD_TURNS)}. Forwards and backwards are rows, counted exactly, and do "
+        "not differ from turn to turn.",
     ]
 
 
@@ -177,7 +178,9 @@ NOTES = """\
   look at the clean points. *Violations* are points that it returned outside ball or box: these break nothing.
 - *seconds* are of the attacks alone, wall; *whole* is the match with its checks, its timing and the referee; *cpu* are
   the process's, all threads, of a match the whole. *bare* is what as many forwards and backwards take with nothing
-  around them, timed in the same process: of arena's own runs the search copy's, else the eager model's.
+  around them, timed in the same process: of arena's own runs the search copy's, else the eager model's. It is timed
+  right before and after; for arena's rows of the overhead also again and again meanwhile, a tenth of the time, so that
+  what else the machine does meets both alike.
 """
 
 

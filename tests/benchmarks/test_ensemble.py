@@ -169,15 +169,36 @@ def test_a_match_and_the_plain_driver_give_cells_of_one_form(means, monkeypatch,
     played = games.play(means, entry, games.PLAINLY, 0, 1, registry())
     turned = games.play_in_turn(means, entry, 0, 1, registry())
     driven = games.play_plainly(means, entry, 0, 1, registry())
-    runs = [measuring.Run("cnn", 0, "x", 1, 0, c) for c in (played, turned, driven)]
+    looked = games.play_among_looks(means, entry, 0, 1, registry())
+    runs = [measuring.Run("cnn", 0, "x", 1, 0, c) for c in (played, turned, driven, looked)]
     assert 0 < runs[0].standing < int(runs[0].natural.sum())
-    assert [(r.cell["natural"], r.cell["broken"]) for r in runs] == [(played["natural"], played["broken"])] * 3
-    assert turned["forwards"] == played["forwards"] <= driven["forwards"]
+    assert [(r.cell["natural"], r.cell["broken"]) for r in runs] == [(played["natural"], played["broken"])] * 4
+    assert turned["forwards"] == played["forwards"] == looked["forwards"] <= driven["forwards"]
     assert driven["forwards"] % 5 == 0  # whole runs of 5 passes
-    assert all(c["bare"] > 0 and c["seconds"] > 0 for c in (played, turned, driven))
+    assert all(c["bare"] > 0 and c["seconds"] > 0 for c in (played, turned, driven, looked))
     assert [a["attempted"] for a in driven["attacks"]] == [int(runs[0].natural.sum())]
-    assert json.loads(json.dumps([played, turned, driven]))
+    assert json.loads(json.dumps([played, turned, driven, looked]))
     assert not list((arena_home / "examples").glob("*"))  # nothing is left behind
+
+
+def test_looks_inside_a_run_take_a_tenth_of_it_and_are_told_apart(monkeypatch):
+    now, passes = [0.0], []
+
+    def one_pass(target, rows, grad):
+        passes.append(grad)
+        now[0] += 0.03 if grad else 0.01
+
+    monkeypatch.setattr(bare.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(bare, "bare_pass", one_pass)
+    looking = bare.Looking(bare.Bare(None, torch.zeros(8, 1)))
+    own = 0.0
+    for done in range(500):
+        now[0], own = now[0] + 0.2, own + 0.2
+        looking.advance(done)
+    assert now[0] - looking.took == pytest.approx(own)
+    assert looking.took == pytest.approx(sum(0.03 if grad else 0.01 for grad in passes))
+    assert 0.08 < looking.took / now[0] < 0.12
+    assert looking.bare.seconds(100, 40) == pytest.approx((60 * 0.01 + 40 * 0.03) / 8)
 
 
 # -- cells -------------------------------------------------------------------------------------------------------------
@@ -214,7 +235,7 @@ def bench(tmp_path, monkeypatch, played, limit=10**9, **changes):
 
         return play
 
-    for kind in ("play", "play_plainly", "play_in_turn"):
+    for kind in ("play", "play_plainly", "play_in_turn", "play_among_looks"):
         monkeypatch.setattr(games, kind, answer(kind))
     settings = measuring.Settings(**{**SETTINGS, **changes})
     there = peers.Environment(missing={"pyautoattack": "offline", "torchattacks": "offline"})
