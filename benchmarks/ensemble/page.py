@@ -153,8 +153,8 @@ def settings_lines(found: Found, settings: Settings, versions: Sequence[str]) ->
         f"- Members: {settings.steps} iterations, {settings.queries:,} queries, one restart, 9 targets, Square without "
         "rescaling its schedule; torchattacks' in batches of 250, all other settings the reference's.",
         f"- Ways take turns; seconds are medians over {settings.pairs} turn{'s' * (settings.pairs != 1)}, of the "
-        f"overhead's PGD over {max(settings.pairs, PGD_TURNS)}. Forwards and backwards are rows, counted exactly, and do "
-        "not differ from turn to turn.",
+        f"overhead's PGD over {max(settings.pairs, PGD_TURNS)}. Forwards and backwards are rows, counted exactly, and "
+        "do not differ from turn to turn.",
     ]
 
 
