@@ -190,11 +190,11 @@ class Attacker:
 
     def _share(self, task: Task, said: Callable[[int, int], None]) -> Outcome:
         assert self.crew is not None
-        target, lent = self.search.target, tuple((name, self._lent[name]) for name in self._asked)
+        lent = tuple((name, self._lent[name]) for name in self._asked)
         try:
             return self.crew.run(
                 task,
-                fp32=target.precision == "fp32",
+                fp32=bool(task.planned.spec.spec.run),
                 lent=lent,
                 said=said,
                 until=self.limit.after_step,

@@ -1,33 +1,36 @@
 """The search copy's passes as compiled code (``torch.compile``): the same sums with fewer trips to memory.
 
-What is compiled is proven on the first images, at two batch sizes, against the copy that it was made of; where it
-cannot be made or differs, passes stay eager, and the record says why. The passes of a surrogate, second looks in fp32,
-wrapped libraries, the guard, the audit and the referee are eager always: a trace knows one mode and one precision.
+What is compiled is proven on the first images, in batches of several sizes, against the copy that it was made of; where
+it cannot be made or differs, passes stay eager, and the record says why. Eager always are the passes of a surrogate,
+second looks in fp32, wrapped libraries, the guard, the audit and the referee: a trace knows one mode and one precision.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from arena.attack import Answer, Query
+from arena.attack import Answer, GateTerm, Query
 from arena.cheaper import BF16_SHARE, BF16_TOLERANCE, GRADIENT_TOLERANCE, TOLERANCE, in_a_line
 from arena.check import PROBE
 from arena.comparing import apart
 from arena.points import Rows
 from arena.surface import Reader, Reading, Surface
-from arena.target import PAD, Meter, Target, pad
+from arena.target import PAD, Meter, Target
 from arena.threads import SMALL_IMAGE
 
-#: In bf16 two roundings of one gradient may differ by this share of its length.
+#: In bf16 two roundings of one row's gradient may differ by this share of its length, on ``BF16_SHARE`` of the rows by
+#: more.
 BF16_GRADIENT_TOLERANCE = 0.5
+#: Rows of the batches that a row must come out of bit for bit alike; what vectors of 16 leave over is among them.
+SIZES = (PAD, 24, 40, 72)
 
 
 class Compiled:
@@ -38,15 +41,27 @@ class Compiled:
             seen = reader(x)
             return seen.logits, seen.heads, seen.gates
 
+        self._eager = reader
+        self.given_up = ""
+        """Why passes are eager from some pass on; empty while they are not."""
         # Whole or not at all, so that no part of it is eager unseen. Without gradient, weights are packed beforehand.
         self._forward: Any = torch.compile(read, fullgraph=True, options={"freezing": True})
         self._both: Any = torch.compile(read, fullgraph=True)
 
     def __call__(self, x: Tensor) -> Reading:
-        """Read images (N, C, H, W); from call to call only N may change."""
+        """Read images (N, C, H, W); from call to call only N may change.
+
+        Code that has to be compiled anew and cannot be does not end an attack: it goes on eagerly.
+        """
+        if self.given_up:
+            return self._eager(x)
         x = x.contiguous()  # one layout, one trace
         torch._dynamo.mark_dynamic(x, 0)
-        return Reading(*(self._both if x.requires_grad else self._forward)(x))
+        try:
+            return Reading(*(self._both if x.requires_grad else self._forward)(x))
+        except torch._dynamo.exc.TorchDynamoException as e:
+            self.given_up = in_a_line(getattr(e, "inner_exception", e))
+            return self._eager(x)
 
 
 def unfit(surface: Surface, x: Tensor | Rows) -> str:
@@ -68,59 +83,105 @@ def compile_passes(target: Target, x: Tensor) -> str:
     """
     if why := unfit(target.surface, x):
         return why
-    x = pad(x[:PROBE])
-    counted = target.meter
-    target.meter = Meter()
-    try:
-        with _quietly():
-            eager = _looks(target, x)
+    with _uncounted(target), _quietly():
+        try:
+            eager = _looks(target, x, PROBE)
             target.compiled = Compiled(target.reader)
-            made = _looks(target, x)
-            why = _differ(eager, made, target.precision) or _uneven(made, _looks(target, x[:PAD]))
-    except Exception as e:  # a compiler that is missing, or code that it does not take: then it is left alone
-        why = in_a_line(getattr(e, "inner_exception", e))
-    finally:
-        target.meter = counted
+            why = _differ(eager, _looks(target, x, PROBE), target.precision) or uneven(target, x, SIZES)
+            why = why or target.compiled.given_up
+        except Exception as e:  # a compiler that is missing, or code that it does not take: then it is left alone
+            why = in_a_line(e)
     if why:
         target.compiled = None
     return why
 
 
-def _looks(target: Target, x: Tensor) -> tuple[Answer, Answer]:
-    """Return what an attacker sees of the first images, without gradient and with the sum of all heads'."""
-    y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    weights = x.new_ones(len(x), 1 + len(target.surface.heads))
-    counts = y.bool()
-    plain, slope = (
-        target.answer(Query(x.unsqueeze(1), "ce", weights, grad=grad, counts=counts), y) for grad in (False, True)
+def uneven(target: Target, x: Tensor, sizes: tuple[int, ...]) -> str:
+    """Return in which of these batch sizes compiled passes give a row other bits than in one of ``PROBE``, if in any.
+
+    Where eager passes do so too, it is the model: a sigmoid of one number a row is computed in another way where the
+    batch fills no vector.
+    """
+    with _uncounted(target):
+        for size in sizes:
+            if not _even(target, x, size):
+                compiled, target.compiled = target.compiled, None
+                try:
+                    model_is_even = _even(target, x, size)
+                finally:
+                    target.compiled = compiled
+                if model_is_even:
+                    return f"compiled passes give a row other last bits in a batch of {size}"
+    return ""
+
+
+def _even(target: Target, x: Tensor, size: int) -> bool:
+    usual, other = _looks(target, x, PROBE), _looks(target, x, size)
+    rows = torch.arange(size, device=x.device) % PROBE
+    return all(torch.equal(a[rows], b) for a, b in zip(usual.parts(), other.parts(), strict=True))
+
+
+@dataclass(frozen=True)
+class _Looks:
+    """What an attacker sees of some images."""
+
+    plain: Answer
+    """Without gradient."""
+    slope: Answer
+    """With that of all heads and gates together."""
+
+    def parts(self) -> list[Tensor]:
+        """Return all that was seen."""
+        seen = [getattr(a, key) for a in (self.plain, self.slope) for key in ("logits", "scores", "gates", "grad")]
+        return [part for part in seen if part is not None]
+
+    def finite(self) -> bool:
+        """Tell whether all of it is."""
+        return all(bool(part.isfinite().all()) for part in self.parts())
+
+
+def _looks(target: Target, x: Tensor, size: int) -> _Looks:
+    """Look at ``size`` rows: the first ``PROBE`` images (N, C, H, W), repeated."""
+    rows = torch.arange(size, device=x.device) % PROBE % len(x)
+    x, surface = x[rows], target.surface
+    y = torch.zeros(size, dtype=torch.int64, device=x.device)
+    every = x.new_ones(size, max(len(surface.gates), 1))
+    asked = Query(
+        x.unsqueeze(1),
+        "ce",
+        x.new_ones(size, 1 + len(surface.heads)),
+        gates=GateTerm(every, every) if surface.gates else None,
+        counts=y.bool(),
     )
-    return plain, slope
+    before, target.batch_size = target.batch_size, max(target.batch_size, size)
+    try:
+        return _Looks(*(target.answer(replace(asked, grad=grad), y) for grad in (False, True)))
+    finally:
+        target.batch_size = before
 
 
-def _differ(eager: tuple[Answer, Answer], made: tuple[Answer, Answer], precision: str) -> str:
+def _differ(eager: _Looks, made: _Looks, precision: str) -> str:
     """Return by what compiled passes differ from eager ones, more than roundings do; empty if they do not."""
-    for a, b in zip(eager, made, strict=True):
-        gaps = apart(_scores(a), _scores(b))
-        off = ~(gaps <= (TOLERANCE if precision == "fp32" else BF16_TOLERANCE))
-        if float(off.float().mean()) > (0.0 if precision == "fp32" else BF16_SHARE):
+    exact = precision == "fp32"
+    score, allowed = (TOLERANCE, 0.0) if exact else (BF16_TOLERANCE, BF16_SHARE)
+    if eager.finite() and not made.finite():
+        return "compiled passes give numbers that are not finite"
+    for one, other in ((eager.plain, made.plain), (eager.slope, made.slope)):
+        gaps = apart(_scores(one), _scores(other))
+        if one.gates is not None and other.gates is not None:
+            gaps = torch.cat((gaps, (one.gates - other.gates).abs().flatten()))
+        if float((~(gaps <= score)).float().mean()) > allowed:
             return f"compiled passes differ from the eager ones by {float(gaps.max()):.2g} of the scores' spread"
-    slope, other = eager[1].grad, made[1].grad
-    assert slope is not None
-    assert other is not None
-    turned = float((slope - other).double().norm() / slope.double().norm().clamp_min(1e-30))
-    if not turned <= (GRADIENT_TOLERANCE if precision == "fp32" else BF16_GRADIENT_TOLERANCE):
-        return f"the compiled gradient differs from the eager one by {turned:.2g} of its length"
-    return ""
-
-
-def _uneven(all_rows: tuple[Answer, Answer], first: tuple[Answer, Answer]) -> str:
-    """Return whether rows come out otherwise in a batch of another size; empty if not."""
-    for many, few in zip(all_rows, first, strict=True):
-        n = len(few.values)
-        pairs = [(many.logits, few.logits), (many.grad, few.grad), (many.scores, few.scores)]
-        if any(a is not None and b is not None and not torch.equal(a[:n], b) for a, b in pairs):
-            return "compiled passes give a row other last bits in another batch"
-    return ""
+    assert eager.slope.grad is not None
+    assert made.slope.grad is not None
+    a, b = (grad.flatten(1).double() for grad in (eager.slope.grad, made.slope.grad))
+    if exact:
+        turned = float((a - b).norm() / a.norm().clamp_min(1e-30))
+        off = not turned <= GRADIENT_TOLERANCE
+    else:
+        each = (a - b).norm(dim=1) / a.norm(dim=1).clamp_min(1e-30)
+        turned, off = float(each.max()), float((~(each <= BF16_GRADIENT_TOLERANCE)).double().mean()) > BF16_SHARE
+    return f"the compiled gradient differs from the eager one by {turned:.2g} of its length" if off else ""
 
 
 def _scores(answer: Answer) -> Tensor:
@@ -130,9 +191,21 @@ def _scores(answer: Answer) -> Tensor:
 
 
 @contextmanager
+def _uncounted(target: Target) -> Iterator[None]:
+    """Make passes that the target's meter does not count."""
+    counted, target.meter = target.meter, Meter()
+    try:
+        yield
+    finally:
+        target.meter = counted
+
+
+@contextmanager
 def _quietly() -> Iterator[None]:
     """Compile within this process, forget what was compiled before, and say nothing on the way."""
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of processes would hear Ctrl-C
+    import torch._inductor.config as inductor
+
+    inductor.compile_threads = 1  # a pool of processes would hear Ctrl-C
     torch.compiler.reset()  # copies of earlier matches would count against the limit of recompilations
     speaker = logging.getLogger("torch")
     before = speaker.level

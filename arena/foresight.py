@@ -7,7 +7,7 @@ many points it will classify correctly nobody knows, so all count.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from arena.arrangement import arrange
@@ -60,7 +60,9 @@ def foresee(question: Question, running: Running, registry: Registry) -> Foresee
     else:
         contender = plan.obtain(train=False, retrain=False, device=running.device, watch=Silent())
     journal = Journal(home() / "journal" / arranged.key[:16])
-    match = Playing(arranged, running, registry, contender, journal, Silent())
+    if running.compile:
+        remarks.append("the time told is that of passes that are not compiled")
+    match = Playing(arranged, replace(running, compile=False), registry, contender, journal, Silent())
     with one_thread(small(running.device, contender.parameters, arranged.images.shape)):
         groups, bill, findings = match.prepare(trained)
         void = trained and any(i.flag and i.fatal for i in findings)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from arena.cheaper import Cheaper, make_cheaper
 from arena.check import PROBE
-from arena.compiling import compile_passes
+from arena.compiling import compile_passes, uneven
 from arena.engine import Outcome
 from arena.guard import Guard
 from arena.lineup import Planned
@@ -59,8 +60,11 @@ class Search:
         self._x = x[:PROBE]
         self._make()
         images = x[met.nonzero().squeeze(1)[: SIZES[-1]]]
-        self.pace = measure(self.target, images if len(images) else x[: SIZES[-1]], running.batch_size, passes)
-
+        images = images if len(images) else x[: SIZES[-1]]
+        self.pace = measure(self.target, images, running.batch_size, passes)
+        if self.cheaper.compiled and (why := uneven(self.target, self._x, (self.target.batch_size,))):
+            self.target.compiled, self.cheaper = None, replace(self.cheaper, compiled=False).and_compiled(why)
+            self.pace = measure(self.target, images, self.target.batch_size, passes)
         if self.pace is not None:
             self.target.live = min(LIVE, int(A_STEP / self.pace.both) + 1)
 
@@ -71,8 +75,7 @@ class Search:
             model, self._surface, self._n_classes, device=running.device, precision=self.cheaper.precision
         )
         if running.compile:
-            why = compile_passes(self.target, self._x)
-            self.cheaper = self.cheaper.and_compiled(why)
+            self.cheaper = self.cheaper.and_compiled(compile_passes(self.target, self._x))
         self.guard = Guard(self.target, self._x)
 
     def renew(self) -> None:
@@ -100,4 +103,7 @@ class Search:
         known = [row["bare"] for row in record["rosters"] if row["bare"] is not None]
         record["provenance"]["bare_seconds"] = round(sum(known), 6) if self.pace is not None else None
         search = {"batch_size": self.target.batch_size, "again": again}
-        record["provenance"]["search"] = {**self.cheaper.record(), **search}
+        done, compiled = self.cheaper, self.target.compiled
+        if compiled is not None and compiled.given_up:
+            done = replace(done, compiled=False).and_compiled(f"given up on the way: {compiled.given_up}")
+        record["provenance"]["search"] = {**done.record(), **search}

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,14 @@ def pad(x: Tensor) -> Tensor:
     return torch.cat((x, x[-1:].expand(missing, *x.shape[1:]))) if missing else x
 
 
+class Compilation(Protocol):
+    """A model's pass in compiled code."""
+
+    given_up: str
+
+    def __call__(self, x: Tensor, /) -> Reading: ...
+
+
 @dataclass
 class Target:
     """A search copy of a model, its surface, and a meter."""
@@ -77,7 +85,7 @@ class Target:
     precision: str = "fp32"
     """``fp32``, or ``bf16``: passes under autocast; what is read of them is brought to fp32. A mistake that bf16 sees
     where it counts is looked at once more in fp32, so no attack lets a point go for one that is none."""
-    compiled: Callable[[Tensor], Reading] | None = None
+    compiled: Compilation | None = None
     """Reads the model as ``reader`` does, in compiled code (``arena.compiling``); surrogates and what is looked at in
     fp32 are read eagerly."""
     live: int = LIVE

@@ -42,6 +42,7 @@ class Crew:
         """What each worker has in hand."""
         self._starting: set[int] = set()
         """Workers that are not ready yet."""
+        self._compile = False
         self._jobs = self._stillborn = 0
         self._why = ""
         """What the last worker said that never began, or how it was lost."""
@@ -56,6 +57,7 @@ class Crew:
             message = pickle.dumps(order)
         except (pickle.PicklingError, AttributeError, TypeError) as e:
             raise ArenaError(f"'{order.contender.name}' cannot be sent to other processes: {e}") from None
+        self._compile = order.compile
         self.staff.begin(message)
         for _ in range(self.staff.size):
             self._starting.add(self.staff.hire())
@@ -155,6 +157,8 @@ class Crew:
         for name, version in ready.versions.items():
             if version != here[name]:
                 raise ArenaError(f"a worker runs {name} {version}, this process {here[name]}: outcomes may differ")
+        if self._compile and not ready.compiled:
+            raise ArenaError(f"a worker on {ready.device} cannot compile its passes as this process did: {ready.note}")
         self._starting.discard(worker)
         self.devices[worker] = ready.device
         self.batch, self.pace = ready.batch_size, ready.pace

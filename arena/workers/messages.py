@@ -80,6 +80,10 @@ class Ready:
     pace: Pace | None
     """What its bare passes cost; None where they raise."""
     versions: Mapping[str, str]
+    compiled: bool = False
+    """Its passes are compiled."""
+    note: str = ""
+    """Why less was done to its copy than could be."""
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,8 @@ class Desk:
         except Exception as e:  # whatever a plugin, or what was sent of it, raises here: the match says it
             return self._say(Refused(f"{type(e).__name__}: {e}"))
         self._worker = worker
-        self._say(Ready(device_name(self._device), worker.search.target.batch_size, worker.search.pace, versions()))
+        search = worker.search
+        ready = Ready(device_name(self._device), search.target.batch_size, search.pace, versions())
+        self._say(replace(ready, compiled=search.cheaper.compiled, note=search.cheaper.note))
         while True:
             worker.play(self._jobs.get())

@@ -58,17 +58,17 @@ class Looking(Silent):
 
     def __init__(self, bare: Bare) -> None:
         self.bare = bare
-        self.took = 0.0
-        """Seconds of all looks, which are among the match's own."""
+        self.took = self.cpu = 0.0
+        """Seconds of all looks, wall and of the process, which are among the match's own."""
         self._due = 0.0
 
     def advance(self, done: int, note: str = "") -> None:
         """Look, if it is time."""
         began = time.perf_counter()
         if began >= self._due:
-            self.bare.look(0.0)
-            took = time.perf_counter() - began
-            self.took, self._due = self.took + took, began + took / SHARE
+            looked = timed(lambda: self.bare.look(0.0))
+            self.took, self.cpu = self.took + looked.seconds, self.cpu + looked.cpu
+            self._due = began + looked.seconds / SHARE
 
 
 @dataclass(frozen=True)

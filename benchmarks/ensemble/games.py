@@ -214,7 +214,8 @@ def play_among_looks(subject: Subject, entry: str, seed: int, threads: int, regi
     made = play(subject, entry, PLAINLY, seed, threads, registry, search.target.batch_size, looking)
     with on_threads(threads), one_thread(few):
         bare.look()
-    less = {key: round(made[key] - looking.took, 6) for key in ("seconds", "whole", "cpu")}
+    less = {key: round(made[key] - looking.took, 6) for key in ("seconds", "whole")}
+    less["cpu"] = round(made["cpu"] - looking.cpu, 6)
     known = {"bare": round(bare.seconds(made["forwards"], made["backwards"]), 6), "pace_bare": made["bare"]}
     return {**made, **less, **known}
 

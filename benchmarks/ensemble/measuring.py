@@ -28,6 +28,8 @@ from .style import Style
 MEMBERS = (("apgd_ce", ""), ("apgd_t", ""), ("fab_t", ""), ("square", ""), ("square", "to the rim"))
 #: What the overhead is measured on, and in how many turns at least.
 PGD_STEPS, PGD_TURNS = 20, 5
+#: And how.
+AMONG_LOOKS = "bare passes timed all through"
 #: Whole evaluations: the two rosters, the full one driven plainly, and the reference.
 WAYS = ("fast", "full", "plain", "reference")
 #: The overhead's peers.
@@ -227,10 +229,10 @@ class Bench:
         s = self.settings
         for on, threads, pair in self._turns(s.overhead, s.seeds[:1], cifar_n=s.overhead_n, pairs=PGD_TURNS):
             entry = f"pgd(steps={PGD_STEPS})"
-            asked = self._asked(on, "pgd, arena", threads, pair, self._made_of(entry, on))
+            asked = self._asked(on, "pgd, arena", threads, pair, [AMONG_LOOKS, *self._made_of(entry, on)])
             self._keep("overhead", self.found.overhead, on, asked, self._among_looks(on, entry, threads))
             if pair == 0:  # it takes long enough to be its own median
-                asked = self._asked(on, s.full, threads, pair, self._made_of(s.full, on))
+                asked = self._asked(on, s.full, threads, pair, [AMONG_LOOKS, *self._made_of(s.full, on)])
                 self._keep("overhead", self.found.overhead, on, asked, self._among_looks(on, s.full, threads))
             for library in PGD_PEERS:
                 if self.peers.has(library):

@@ -21,7 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arena import attacker, ground
+from arena.compiling import Compiled
 from arena.errors import ArenaError
+from arena.pace import Pace
 from arena.workers import crew as crews
 from arena.workers import processes, staff
 from arena.workers.actors import plan
@@ -203,16 +205,51 @@ def test_a_worker_of_another_version_is_refused(registry, hired, monkeypatch):
         ask(registry, running=TWO)
 
 
-def test_workers_compile_where_the_match_does(registry, hired, monkeypatch):
-    compiled = []
-    monkeypatch.setattr("arena.search.compile_passes", lambda target, x: compiled.append(target) or "")
+def test_workers_attack_by_compiled_passes_where_the_match_could_compile(registry, hired, monkeypatch):
+    rows, made, why = [], [], [""]
+
+    class Counting(Compiled):
+        def __init__(self, reader):
+            self.reader, self.given_up = reader, ""
+
+        def __call__(self, x):
+            rows.append(len(x))
+            return self.reader(x)
+
+    def compile_passes(target, x):
+        made.append(target)
+        target.compiled = None if why[0] else Counting(target.reader)
+        return why[0]
+
+    monkeypatch.setattr("arena.search.compile_passes", compile_passes)
+    monkeypatch.setattr("arena.search.uneven", lambda *_: "")
+    monkeypatch.setattr("arena.search.measure", lambda *_: Pace(32, 1e-4, 2e-4))
     hired(Threads(2))
-    record = ask(registry, running=dataclasses.replace(TWO, compile=True)).record
-    assert len(compiled) == 3  # the match's own copy, and one a worker
+    compiling = dataclasses.replace(TWO, compile=True, replay=True)
+    record = ask(registry, vs=("square(queries=50)",), running=compiling).record
+    assert len(made) == 3  # the match's own copy, and one a worker
     assert record["provenance"]["search"]["compiled"]
-    monkeypatch.setattr("arena.search.compile_passes", lambda target, x: compiled.append(target) or "it minds")
-    ask(registry, running=dataclasses.replace(TWO, compile=True, replay=True))
-    assert len(compiled) == 4  # what the match's own copy cannot, theirs are not asked to
+    assert sum(rows) >= record["attacks"][0]["forwards"] > 1000  # all the attack's, padded
+    rows.clear()
+    assert ask(registry, vs=("foolbox:LinfPGD(steps=3)",), running=compiling).record["attacks"][0]["forwards"]
+    assert rows == []  # a wrapped library's are eager
+    why[0] = "it minds"
+    made.clear()
+    ask(registry, running=compiling)
+    assert len(made) == 1  # what the match's own copy cannot, theirs are not asked to
+
+
+def test_a_worker_that_cannot_compile_as_the_match_did_is_refused(registry, hired, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "arena.search.compile_passes", lambda target, x: "no compiler here" if made.append(target) or made[1:] else ""
+    )
+    monkeypatch.setattr("arena.search.uneven", lambda *_: "")
+    hired(Threads(2))
+    with pytest.raises(
+        ArenaError, match="cannot compile its passes as this process did: not compiled: no compiler here"
+    ):
+        ask(registry, running=dataclasses.replace(TWO, compile=True))
 
 
 def test_what_cannot_be_sent_is_said():
