@@ -67,11 +67,12 @@ def asked(found: Found, ways: Ways) -> Table:
                 [f"{key}, `{full}` over `{fast}`", tables.DASH, times(ratio(turn, full, fast, key)), tables.DASH]
             )
     for name in ways.known(runs, full):
-        rows.append(_equal(compare(couples(runs, name, ways.plain)), name, "bf16" not in name))
+        met = couples(runs, name, ways.plain)
+        rows.append(_equal(compare(met), name, "bf16" not in name, _some(runs, met)))
         cores = next((r.threads for r in runs if r.way == name), threads)
         faster = ratio([r for r in runs if r.threads == cores], ways.plain, name, "seconds")
         says = f"seconds, the plain run over `{name}`" + (f", both on {cores} cores" if cores != threads else "")
-        rows.append(_least(says, FULL_FASTER, faster))
+        rows.append(_least(says + _some(runs, met), FULL_FASTER, faster))
     rows += _overheads(found.overhead, full)
     moving = differing_runs([r for r in runs if r.way != "reference"])
     rows.append(["runs of one way that differ in points or passes", "0", str(moving), yes(moving == 0)])
@@ -88,9 +89,16 @@ def _worst_cases(runs: Sequence[Run], fast: str, full: str) -> list[list[str]]:
     return rows
 
 
-def _equal(word: Compared | None, name: str, exact: bool) -> list[str]:
+def _some(runs: Sequence[Run], pairs: Sequence[tuple[Run, Run]]) -> str:
+    """Name the cases that a comparison with the plain run is about, where others met the plain run too."""
+    met = tables.cases_of(a for a, _ in pairs)
+    every = tables.cases_of(r for r in runs if r.way.endswith(", plain"))
+    return f" ({', '.join(f'`{c}`' for c in met)} only)" if met and len(met) < len(every) else ""
+
+
+def _equal(word: Compared | None, name: str, exact: bool, where: str) -> list[str]:
     """Write whether a roster's outcomes are the plain run's: point by point; of bf16 only how many differ."""
-    says = f"points on which `{name}` and the plain run differ"
+    says = f"points on which `{name}` and the plain run differ{where}"
     if exact:
         differing = None if word is None else word.only_a + word.only_b
         return [says, "0", _count(differing), yes(None if differing is None else differing == 0)]

@@ -101,6 +101,18 @@ def test_what_was_played_in_bf16_is_held_against_the_same_bounds(tmp_path):
     assert "| `cnn` | quick, bf16 | autoattack, bf16 | 1 | 9.00 | 10.0 | 15.0 | " in text
 
 
+def test_a_way_that_met_the_plain_run_on_some_cases_only_says_on_which():
+    more = [
+        run("autoattack, plain", case="long", forwards=500, backwards=200, seconds=6.0),
+        run("autoattack, bf16, compiled", forwards=90, backwards=40, seconds=1.0),
+        run("autoattack, bf16", forwards=90, backwards=40, seconds=2.0),
+        run("autoattack, bf16", case="long", forwards=90, backwards=40, seconds=2.0),
+    ]
+    rows = {row[0]: row[2] for row in page.asked(measuring.Found([*RUNS, *more]), WAYS).rows}
+    assert rows["seconds, the plain run over `autoattack, bf16, compiled` (`cnn` only)"] == "6.00"
+    assert rows["seconds, the plain run over `autoattack, bf16`"] == "3.00"  # two cases, 12 s over 4
+
+
 def test_a_variant_of_a_member_stands_in_a_row_of_its_own():
     ways = ("square, arena", measuring.opposing("square"), measuring.opposing("square", "to the rim"))
     runs = [run(way, broken=broken) for way, broken in zip(ways, ((0, 1), (0,), (0, 1)), strict=True)]
