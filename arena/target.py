@@ -3,7 +3,8 @@
 The target works on its own copy of the model, the search copy; the referee has another. Rows are evaluated in physical
 batches of at least 16, padded to a multiple of 8, because smaller and odd batches take other code paths in the linear
 algebra libraries and give other last bits (measured on CPUs, fp32: batches of 1, 2, 7 and 9 differ, on an Intel Xeon
-with MKL also a batch of 8 in a linear layer of 256 inputs; multiples of 8 from 16 on do not).
+with MKL also a batch of 8 in a linear layer of 256 inputs; multiples of 8 from 16 on do not, but for one sigmoid a row:
+with AVX-512 that needs multiples of 32).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from arena.surrogate import posing
 
 #: Fewest rows of a physical batch, and what its size is a multiple of.
 PAD, STEP = 16, 8
+#: And of a model with gates: one sigmoid a row comes out with other last bits where it fills no vectors of the CPU.
+GATED_STEP = 32
 DEFAULT_BATCH = 256
 LIVE = 256
 
@@ -39,18 +42,18 @@ class Meter:
     """Rows of gradient calls."""
 
 
-def padded(rows: int) -> int:
-    """Return the physical size of a batch of ``rows``: the next multiple of 8, at least 16."""
-    return max(PAD, -(-rows // STEP) * STEP)
+def padded(rows: int, step: int = STEP) -> int:
+    """Return the physical size of a batch of ``rows``: the next multiple of ``step``, at least 16."""
+    return max(PAD, -(-rows // step) * step)
 
 
-def piece(rows: int, most: int) -> int:
+def piece(rows: int, most: int, step: int = STEP) -> int:
     """Return how many of so many rows the next batch takes.
 
     Batches are of about the same size, because a row of a small one costs more; none but the last needs padding.
     """
     batches = -(-rows // most)
-    even, needed = rows // batches // STEP * STEP, padded(rows - (batches - 1) * most)
+    even, needed = rows // batches // step * step, padded(rows - (batches - 1) * most, step)
     return min(max(even, needed), rows)
 
 
@@ -95,6 +98,8 @@ class Target:
         keep_freed_memory()
         self.batch_size = padded(self.batch_size)
         self.model.eval().requires_grad_(False)
+        self.step = GATED_STEP if self.surface.gates else STEP
+        """What the sizes of its physical batches are multiples of."""
         self.reader = Reader(self.model, self.surface)
         """Reads the model eagerly."""
         selects(self.model, self.surface)  # a declared choice that is none is said before the first pass
@@ -164,7 +169,7 @@ class Target:
         flat = query.points.flatten(0, 1)
         parts, start, total = [], 0, n * m
         while start < total:
-            stop = start + piece(total - start, self.batch_size)
+            stop = start + piece(total - start, self.batch_size, self.step)
             try:
                 parts.append(self._batch(query, flat, y, rows, slice(start, stop), bool(wants) and query.climbs))
                 start = stop
@@ -226,7 +231,7 @@ class Target:
         self, query: Query, flat: Tensor, y: Tensor, rows: Tensor | None, cut: slice, grad: bool
     ) -> tuple[Tensor | None, ...]:
         count = cut.stop - cut.start
-        size = padded(count)
+        size = padded(count, self.step)
         if rows is None and count == size == flat.shape[0]:
             x, labels, part = flat, y, query
         else:  # the last row is repeated
@@ -286,7 +291,7 @@ class Target:
         doubt = errors > 0 if query.counts is None else (errors > 0) & query.counts[: len(errors)]
         rows = doubt.nonzero().squeeze(1)
         if len(rows):
-            index = torch.cat((rows, rows[-1:].expand(padded(len(rows)) - len(rows))))
+            index = torch.cat((rows, rows[-1:].expand(padded(len(rows), self.step) - len(rows))))
             asked = _rows(Query(query.points) if query.surrogate else query, index, False)
             with self.in_fp32():
                 seen = self._pass(asked, x.index_select(0, index), y.index_select(0, index), False)

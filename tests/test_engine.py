@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from arena import engine
-from arena.attack import Query, Setup
+from arena.attack import GateTerm, Query, Setup
 from arena.auditing.observing import Observed
 from arena.engine import run_iterated, run_plain
 from arena.journal import Journal
 from arena.rng import Stream
-from arena.surface import Surface
-from arena.target import Target, pad, padded
+from arena.surface import Gate, Surface
+from arena.target import Target, pad, padded, piece
 from arena.threat import Threat
 
 THREAT = Threat.parse("Linf", "0.03")
@@ -165,6 +165,35 @@ def test_padding_is_to_multiples_of_eight_from_sixteen_on_and_not_counted():
     target = Target(net(), Surface(), 10)
     target.logits(torch.rand(3, 1, 8, 8))
     assert (target.meter.forwards, target.meter.backwards) == (3, 0)
+
+
+class GatedSums(nn.Module):
+    """A sigmoid of one number a row weighs the scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Sequential(nn.Linear(64, 1), nn.Sigmoid())
+        self.last = nn.Linear(64, 10)
+
+    def forward(self, x):
+        flat = x.flatten(1)
+        return self.last(flat) * (1 + self.gate(3 * flat - 1))
+
+
+def test_rows_of_a_model_with_gates_do_not_depend_on_the_batch():
+    """Vectors of 16 numbers, two at a time, have a rest in 24 numbers and none in 32."""
+    torch.manual_seed(0)
+    x = torch.rand(512, 1, 8, 8)
+    target = Target(GatedSums(), Surface(gates={"g": Gate("gate")}), 10, batch_size=512)
+    wanted = GateTerm(torch.ones(512, 1), torch.ones(512, 1))
+    y = torch.zeros(512, dtype=torch.int64)
+    whole = target.answer(Query(x.unsqueeze(1), "ce", grad=True, gates=wanted), y)
+    for n in (1, 16, 24, 40, 56, 104, 200, 312):
+        some = target.answer(Query(x[:n].unsqueeze(1), "ce", grad=True, gates=wanted.rows(torch.arange(n))), y[:n])
+        for key in ("logits", "gates", "grad", "values"):
+            assert torch.equal(getattr(some, key), getattr(whole, key)[:n]), (n, key)
+    assert whole.gates.std() > 0.01
+    assert [piece(n, 104, 32) for n in (350, 104, 33)] == [64, 104, 33]
 
 
 def test_rows_that_want_no_gradient_cost_none(points):
