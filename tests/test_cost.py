@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -144,6 +146,14 @@ def test_a_plan_trains_nothing_and_says_what_it_does_not_know(arena_home):
     text = " ".join(seen.remarks)
     assert "not trained yet, the match trains it first: arena train fgaa_sat" in text
     assert "natural accuracy is not known" in text
+
+
+def test_a_plan_compiles_nothing_and_says_so(arena_home, monkeypatch):
+    monkeypatch.setattr("arena.search.compile_passes", lambda *_: pytest.fail("compiled"))
+    said = "the time told is that of passes that are not compiled"
+    question = Question("sat", ("pgd",), n=30)
+    assert said in foresee(question, dataclasses.replace(GO, compile=True), registry()).remarks
+    assert said not in foresee(question, GO, registry()).remarks
 
 
 def test_the_forecast_follows_what_stands_and_how_fast_it_really_goes():
