@@ -329,7 +329,8 @@ class NoSlope(Planted):
 )
 def test_passes_that_differ_are_not_taken(monkeypatch, planted, precision, why):
     monkeypatch.setattr(compiling, "Compiled", planted)
-    target = searched(lopsided, precision=precision, compile=False).target
+    surface = dataclasses.replace(SURFACE, gates={}) if planted is AtSize else SURFACE  # batches of multiples of 8
+    target = searched(lopsided, surface, precision=precision, compile=False).target
     assert why in compile_passes(target, X)
     assert target.compiled is None
     assert target.meter.forwards == target.meter.backwards == 0
@@ -337,7 +338,8 @@ def test_passes_that_differ_are_not_taken(monkeypatch, planted, precision, why):
 
 def test_the_batch_size_that_is_chosen_is_proven_too(monkeypatch):
     monkeypatch.setattr(compiling, "Compiled", AtChosenSize)
-    search = Search(gated, SURFACE, 5, X, torch.ones(48).bool(), Running("cpu", 48, compile=True))
+    ungated = dataclasses.replace(SURFACE, gates={})  # its batches are multiples of 8
+    search = Search(gated, ungated, 5, X, torch.ones(48).bool(), Running("cpu", 48, compile=True))
     assert search.target.batch_size == search.pace.batch_size == 48
     assert search.target.compiled is None
     assert search.cheaper.note == "not compiled: compiled passes give a row other last bits in a batch of 48"
