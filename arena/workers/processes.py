@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -115,12 +116,22 @@ def _deaf() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _lock_by_thread() -> None:
+    """Give progress bars, which torch's compiler makes, a lock of this process alone.
+
+    Their own is a semaphore of the system; a worker that is ended cannot give it back, and Python says so at the end.
+    """
+    with suppress(ImportError):
+        import_module("tqdm").tqdm.set_lock(threading.RLock())
+
+
 def work(pipe: Connection, order: bytes, device: str) -> None:
     """Be a worker, until the process at the other end of the pipe is gone or ends this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the match says what is to be done after Ctrl-C
     os.dup2(2, 1)  # stdout is for results
     from arena.workers.worker import Desk
 
+    _lock_by_thread()
     desk = Desk(order, device, pipe.send_bytes)
 
     def read() -> None:

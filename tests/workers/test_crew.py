@@ -252,6 +252,16 @@ def test_a_worker_that_cannot_compile_as_the_match_did_is_refused(registry, hire
         ask(registry, running=dataclasses.replace(TWO, compile=True))
 
 
+def test_a_worker_leaves_no_semaphore_of_a_progress_bar(monkeypatch):
+    tqdm = pytest.importorskip("tqdm").tqdm
+    monkeypatch.delattr(tqdm, "_lock", raising=False)
+    monkeypatch.setattr("multiprocessing.RLock", lambda: pytest.fail("a semaphore"))
+    processes._lock_by_thread()
+    assert list(tqdm(range(2), disable=True)) == [0, 1]
+    assert isinstance(tqdm.get_lock(), type(threading.RLock()))
+    monkeypatch.delattr(tqdm, "_lock")
+
+
 def test_what_cannot_be_sent_is_said():
     model = SimpleNamespace(name="mine.py:factory", readout=lambda model, x: {})
     order = Order(model, None, None, 32, "fp32", False, None, (0, 0), 1.0, 1)
