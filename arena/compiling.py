@@ -212,7 +212,7 @@ def _quietly() -> Iterator[None]:
     speaker.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # of the compiler, about itself; what it made is proven
             yield
     finally:
         speaker.setLevel(before)

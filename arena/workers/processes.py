@@ -121,7 +121,7 @@ def _lock_by_thread() -> None:
 
     Their own is a semaphore of the system; a worker that is ended cannot give it back, and Python says so at the end.
     """
-    with suppress(ImportError):
+    with suppress(ImportError):  # without them there is no lock either
         import_module("tqdm").tqdm.set_lock(threading.RLock())
 
 

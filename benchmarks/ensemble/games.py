@@ -39,7 +39,7 @@ from .plain import BATCH, drive
 from .style import Style
 
 #: In fp32, eagerly, by one process.
-PLAINLY = Style()
+EAGERLY = Style()
 #: Passes for which a batch size is chosen with care.
 LONG = 10**9, 10**9
 
@@ -177,7 +177,7 @@ def play_in_turn(
     seed: int,
     threads: int,
     registry: Registry,
-    style: Style = PLAINLY,
+    style: Style = EAGERLY,
 ) -> dict[str, Any]:
     """Play an entry, and time bare passes of the same search copy at the same batch size before and after."""
     contender, x = subject.obtain(), subject.x
@@ -206,12 +206,12 @@ def play_among_looks(subject: Subject, entry: str, seed: int, threads: int, regi
     few = small("cpu", contender.parameters, subject.images.shape)
     met = torch.ones(len(x), dtype=torch.bool)
     with on_threads(threads), one_thread(few):
-        running = PLAINLY.running()
+        running = EAGERLY.running()
         search = Search(contender.build, contender.surface, subject.images.n_classes, x, met, running, LONG)
         bare = Bare.of(search.target, x, search.target.batch_size)
         bare.look()
     looking = Looking(bare)
-    made = play(subject, entry, PLAINLY, seed, threads, registry, search.target.batch_size, looking)
+    made = play(subject, entry, EAGERLY, seed, threads, registry, search.target.batch_size, looking)
     with on_threads(threads), one_thread(few):
         bare.look()
     less = {key: round(made[key] - looking.took, 6) for key in ("seconds", "whole")}

@@ -201,7 +201,7 @@ class Bench:
             work = lambda: games.play_plainly(on, s.full, 0, threads, self.registry)  # noqa: E731
         else:
             known = self.styles(s.fast) | self.styles(s.full) | self.shared()
-            entry, style = known.get(way, (way, games.PLAINLY))
+            entry, style = known.get(way, (way, games.EAGERLY))
             asked = self._asked(on, way, threads, pair, self._made_of(entry, on))
             work = self._in_turn(on, entry, threads, style)
         self._keep("runs", self.found.runs, on, asked, work)
@@ -223,7 +223,7 @@ class Bench:
                 self._keep("members", self.found.members, on, asked, work)
 
     def _engine(self, on: Subject, entry: str, seed: int, threads: int) -> Callable[[], dict[str, Any]]:
-        return lambda: games.play(on, entry, games.PLAINLY, seed, threads, self.registry)
+        return lambda: games.play(on, entry, games.EAGERLY, seed, threads, self.registry)
 
     def _overhead(self) -> None:
         s = self.settings
@@ -243,7 +243,7 @@ class Bench:
                     self.found.left_out.setdefault(library, "not installed")
 
     def _in_turn(
-        self, on: Subject, entry: str, threads: int, style: Style = games.PLAINLY
+        self, on: Subject, entry: str, threads: int, style: Style = games.EAGERLY
     ) -> Callable[[], dict[str, Any]]:
         def work() -> dict[str, Any]:
             self._warm_up(on)
@@ -261,7 +261,7 @@ class Bench:
     def _warm_up(self, on: Subject) -> None:
         """Play one step, so that no first match of a process pays for what is loaded once."""
         if not self._warm:
-            games.play(on, "pgd(steps=1)", games.PLAINLY, 0, 1, self.registry)  # moves also where gradients vanish
+            games.play(on, "pgd(steps=1)", games.EAGERLY, 0, 1, self.registry)  # moves also where gradients vanish
         self._warm = True
 
     def _frontier(self) -> None:

@@ -166,7 +166,7 @@ def means(arena_home):
 def test_a_match_and_the_plain_driver_give_cells_of_one_form(means, monkeypatch, arena_home):
     monkeypatch.setattr(bare, "A_LOOK", 0.0)
     entry = "apgd_t(steps=4,targets=2)"
-    played = games.play(means, entry, games.PLAINLY, 0, 1, registry())
+    played = games.play(means, entry, games.EAGERLY, 0, 1, registry())
     turned = games.play_in_turn(means, entry, 0, 1, registry())
     driven = games.play_plainly(means, entry, 0, 1, registry())
     looked = games.play_among_looks(means, entry, 0, 1, registry())

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import pickle
 import queue
-import signal
-import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,24 +20,16 @@ from arena.compiling import Compiled
 from arena.errors import ArenaError
 from arena.pace import Pace
 from arena.workers import crew as crews
-from arena.workers import processes, staff
+from arena.workers import staff
 from arena.workers.actors import plan
 from arena.workers.messages import Done, Job, Kept, Lost, Order, Ready, versions
 from arena.workers.task import FEWEST, Task, cuts
 from arena.workers.worker import Desk
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "packages" / "cheats"))
+sys.path.insert(0, str(Path(__file__).parent))
 from asking import GO, ask, flags
-
-TWO = dataclasses.replace(GO, devices=("cpu", "cpu"))
-
-
-def same(record: dict) -> dict:
-    """Return what of a record may not depend on the workers."""
-    rows = [{k: v for k, v in row.items() if k not in ("seconds", "trace")} for row in record["attacks"]]
-    rosters = [{k: v for k, v in row.items() if k not in ("seconds", "bare")} for row in record["rosters"]]
-    whole = {k: record[k] for k in ("worst_case", "natural", "sweeps", "diagnosis", "cost", "notes", "stopped")}
-    return {**whole, "attacks": rows, "rosters": rosters, "examples": record["examples"]["sha256"]}
+from records import TWO, same
 
 
 class Threads:
@@ -252,16 +239,6 @@ def test_a_worker_that_cannot_compile_as_the_match_did_is_refused(registry, hire
         ask(registry, running=dataclasses.replace(TWO, compile=True))
 
 
-def test_a_worker_leaves_no_semaphore_of_a_progress_bar(monkeypatch):
-    tqdm = pytest.importorskip("tqdm").tqdm
-    monkeypatch.delattr(tqdm, "_lock", raising=False)
-    monkeypatch.setattr("multiprocessing.RLock", lambda: pytest.fail("a semaphore"))
-    processes._lock_by_thread()
-    assert list(tqdm(range(2), disable=True)) == [0, 1]
-    assert isinstance(tqdm.get_lock(), type(threading.RLock()))
-    monkeypatch.delattr(tqdm, "_lock")
-
-
 def test_what_cannot_be_sent_is_said():
     model = SimpleNamespace(name="mine.py:factory", readout=lambda model, x: {})
     order = Order(model, None, None, 32, "fp32", False, None, (0, 0), 1.0, 1)
@@ -355,161 +332,3 @@ def test_without_ray_one_line_says_how_to_get_it(registry, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ArenaError, match=r"pip install 'adversarial-arena\[ray\]'"):
         ask(registry, running=dataclasses.replace(GO, engine="ray"))
-
-
-# -- real processes -----------------------------------------------------------------------------------------------
-
-
-def test_a_process_killed_in_the_middle_changes_nothing(registry, monkeypatch):
-    vs = ("square(queries=400)", "pgd", "foolbox:LinfPGD(steps=5)")
-    alone = ask(registry, vs=vs, n=150).record
-    monkeypatch.setattr(attacker, "EVERY", 0.05)
-    kept, killed, real = [], [], processes.Processes.receive
-
-    def receive(self, timeout):
-        said = real(self, timeout)
-        messages = [pickle.loads(message) for _, message in said if isinstance(message, bytes)]
-        kept.extend(m for m in messages if isinstance(m, Kept))
-        if len(kept) > 1 and not killed:
-            killed.append(self)
-            os.kill(self.processes()[0], signal.SIGKILL)
-        return said
-
-    monkeypatch.setattr(processes.Processes, "receive", receive)
-    shared = ask(registry, vs=vs, n=150, running=dataclasses.replace(TWO, replay=True)).record
-    assert same(shared) == same(alone)
-    assert shared["provenance"]["crew"]["engine"] == "local"
-    assert shared["provenance"]["crew"]["lost"] == 1
-    assert killed[0].processes() == []
-
-
-MODEL = """
-import torch
-from arena.datasets import digits, to_float
-
-class Means(torch.nn.Module):
-    "Nearest class mean."
-
-    def __init__(self):
-        super().__init__()
-        images = digits()
-        x = to_float(images.x_train).flatten(1)
-        self.means = torch.nn.Parameter(torch.stack([x[images.y_train == k].mean(0) for k in range(10)]))
-
-    def forward(self, x):
-        return -torch.cdist(x.flatten(1), self.means)
-
-def factory():
-    return Means()
-"""
-
-
-@pytest.fixture
-def arena(tmp_path):
-    """Return a function that starts a match of a model of the user's own as a process."""
-    (tmp_path / "mine.py").write_text(MODEL)
-
-    def start(home: str, *more: str, vs: str = "square(queries=1500)") -> subprocess.Popen:
-        command = [sys.executable, "-m", "arena", "match", f"{tmp_path / 'mine.py'}:factory", "--vs", vs, "-q"]
-        command += ["--eps", "0.06", "-n", "150", "--no-audit", "--json", str(tmp_path / f"{home}.json"), *more]
-        once = {"ARENA_HOME": str(tmp_path / home), "ARENA_SNAPSHOT_SECONDS": "0.1", "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            command,
-            env={**os.environ, **once},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    return start
-
-
-def children(process: subprocess.Popen) -> list[int]:
-    """Return the process ids of what a process started."""
-    found = []
-    for task in Path(f"/proc/{process.pid}/task").glob("*/children"):
-        found += [int(word) for word in task.read_text().split()]
-    return found
-
-
-def begun(home: Path, process: subprocess.Popen, seconds: float = 120) -> None:
-    """Wait until the journal of a match holds finished points or a snapshot."""
-    deadline = time.monotonic() + seconds
-    while process.poll() is None and not [*home.glob("journal/*/*.npz")] and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert process.poll() is None
-
-
-def gone(numbers: list[int], seconds: float = 30) -> bool:
-    """Wait until no process of these is left, dead ones that nobody has asked for aside."""
-
-    def alive(number: int) -> bool:
-        try:
-            return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except OSError:
-            return False
-
-    deadline = time.monotonic() + seconds
-    while any(map(alive, numbers)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not any(map(alive, numbers))
-
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")
-
-
-@needs_proc
-def test_a_killed_match_leaves_no_process_and_goes_on_without_workers(arena, tmp_path):
-    whole = arena("whole")
-    assert whole.wait(300) == 0, whole.stderr.read()
-    process = arena("killed", "--devices", "cpu,cpu")
-    begun(tmp_path / "killed", process)
-    workers = children(process)
-    assert len(workers) >= 2
-    process.send_signal(signal.SIGKILL)
-    process.wait(60)
-    assert gone(workers)
-    assert process.stderr.read() == ""
-    again = arena("killed")
-    assert again.wait(300) == 0, again.stderr.read()
-    records = [json.loads((tmp_path / f"{home}.json").read_text()) for home in ("whole", "killed")]
-    assert same(records[0]) == same(records[1])
-
-
-DEAF = """
-import re
-from pathlib import Path
-from arena.workers.processes import Processes
-
-if __name__ == "__main__":
-    staff = Processes(["cpu", "cpu"])
-    staff.begin(b"")
-    staff.hire(), staff.hire()
-    for number in staff.processes():
-        blocked = re.search(r"SigBlk:\\s*(\\w+)", Path(f"/proc/{number}/status").read_text())[1]
-        print(int(blocked, 16) >> 1 & 1)
-    staff.close()
-"""
-
-
-@needs_proc
-def test_no_worker_hears_an_interrupt_from_its_first_moment_on(tmp_path):
-    """In a process of its own: the first worker ever is the one that once did."""
-    (tmp_path / "deaf.py").write_text(DEAF)
-    done = subprocess.run([sys.executable, tmp_path / "deaf.py"], capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == ["1", "1"], done.stderr
-
-
-@needs_proc
-def test_an_interrupt_ends_workers_after_a_snapshot(arena, tmp_path):
-    process = arena("stopped", "--devices", "cpu,cpu", vs="square(queries=20000)")
-    begun(tmp_path / "stopped", process)
-    workers = children(process)
-    (snapshot,) = (tmp_path / "stopped").glob("journal/*/*.state.npz")
-    before = snapshot.stat().st_mtime_ns
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: all of them
-    assert process.wait(60) == 3, process.stderr.read()
-    assert gone(workers)
-    assert process.stderr.read() == "arena: interrupted; the same command continues\n"
-    assert snapshot.stat().st_mtime_ns > before

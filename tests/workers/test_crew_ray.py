@@ -19,18 +19,13 @@ from arena.workers import actors
 from arena.workers.messages import Kept
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "packages" / "cheats"))
+sys.path.insert(0, str(Path(__file__).parent))
 from asking import GO, ask
+from records import same
 
 pytestmark = pytest.mark.ray
 TWO = dataclasses.replace(GO, engine="ray", workers=2)
 VS = ("square(queries=400)", "pgd", "foolbox:LinfPGD(steps=5)", "crashes_midway")
-
-
-def same(record: dict) -> dict:
-    """Return what of a record may not depend on the workers."""
-    rows = [{k: v for k, v in row.items() if k not in ("seconds", "trace")} for row in record["attacks"]]
-    whole = {k: record[k] for k in ("worst_case", "natural", "sweeps", "diagnosis", "cost", "notes", "stopped")}
-    return {**whole, "attacks": rows, "examples": record["examples"]["sha256"]}
 
 
 @pytest.fixture(scope="module")
