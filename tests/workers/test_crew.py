@@ -257,7 +257,7 @@ def test_what_changes_a_worker_s_model_is_named(registry, hired):
 
 
 def test_a_time_limit_stops_workers_and_the_match_goes_on_without_them(registry, hired):
-    vs = ("square(queries=300)", "pgd")
+    vs = ("square(queries=2000)", "pgd")
     alone = ask(registry, vs=vs, n=100).record
     hired(Threads(2))
     limited = dataclasses.replace(TWO, replay=True, time_limit=1e-3)

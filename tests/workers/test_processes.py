@@ -99,9 +99,9 @@ def children(process: subprocess.Popen) -> list[int]:
 
 
 def begun(home: Path, process: subprocess.Popen, seconds: float = 120) -> None:
-    """Wait until the journal of a match holds finished points or a snapshot."""
+    """Wait until the journal of a match holds a snapshot."""
     deadline = time.monotonic() + seconds
-    while process.poll() is None and not [*home.glob("journal/*/*.npz")] and time.monotonic() < deadline:
+    while process.poll() is None and not [*home.glob("journal/*/*.state.npz")] and time.monotonic() < deadline:
         time.sleep(0.02)
     assert process.poll() is None
 
