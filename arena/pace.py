@@ -25,6 +25,9 @@ from arena.target import DEFAULT_BATCH, STEP, Target, out_of_memory, padded
 SIZES = (32, 64, 128, 256, 512, 1024)
 #: Timed pairs of passes a size, after one that is not: at least, and at most in ``A_SIZE`` seconds.
 PASSES, MOST, A_SIZE = 2, 12, 0.01
+#: In a long match those that may be the best are timed on, in turn, so that what else the machine does for a while meets
+#: all alike: up to so many pairs a size.
+TURNS = 6
 #: Seconds in which all sizes are tried, or a share of what the match can take, up to so many seconds. What a first
 #: batch of ``STEP`` rows takes is not among them.
 ENOUGH, WORTH, TOO_LONG = 0.2, 0.002, 5.0
@@ -112,35 +115,66 @@ def _measured(target: Target, x: Tensor, wanted: int | None, passes: tuple[int, 
         return replace(last.pace, batch_size=wanted)
     if not found:  # the smallest does not fit, or the time is up
         return small.pace if full else replace(small.pace, batch_size=min(SIZES[0], most))
+    _go_on(target, found, enough - spent if enough > ENOUGH else 0.0)
     least = min(f.cost for f in found)
     return [f.pace for f in found if f.cost <= least * NO_SLOWER][-1]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Timed:
     """One size, timed."""
 
-    cost: float
-    """CPU seconds a row of the fastest passes, which other work on the machine disturbs least: sizes are compared by
-    it."""
-    pace: Pace
-    took: float
+    rows: Tensor
+    times: dict[bool, list[tuple[float, float]]]
+    """Wall and CPU seconds of forwards, and of forwards with gradient and their backwards; the first of each does not
+    count."""
+    took: float = 0.0
     """Seconds that the timing took."""
+
+    @property
+    def cost(self) -> float:
+        """CPU seconds a row of the fastest passes, which other work on the machine disturbs least: sizes are compared
+        by it."""
+        return (sum(min(work for _, work in t[1:]) for t in self.times.values()) + OWN) / len(self.rows)
+
+    @property
+    def pace(self) -> Pace:
+        """What a row takes, by the medians."""
+        size = len(self.rows)
+        return Pace(size, *(statistics.median(wall for wall, _ in t[1:]) / size for t in self.times.values()))
+
+    @property
+    def turns(self) -> int:
+        """Pairs of passes that count."""
+        return len(self.times[True]) - 1
+
+    def turn(self, target: Target) -> None:
+        """Time a pair of passes."""
+        for grad, kept in self.times.items():
+            kept.append(_seconds(partial(bare_pass, target, self.rows, grad), self.rows.device))
 
 
 def _timed(target: Target, x: Tensor, size: int, enough: float, spent: float) -> _Timed:
-    rows = x[torch.arange(size, device=x.device) % len(x)]
-    times: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
-    began, took = time.perf_counter(), 0.0
+    made = _Timed(x[torch.arange(size, device=x.device) % len(x)], {False: [], True: []})
+    began = time.perf_counter()
     for turn in range(1 + MOST):
-        for grad, kept in times.items():
-            kept.append(_seconds(partial(bare_pass, target, rows, grad), x.device))
-        took = time.perf_counter() - began
-        if turn and took > A_SIZE and (turn >= PASSES or spent + took > enough):
+        made.turn(target)
+        made.took = time.perf_counter() - began
+        if turn and made.took > A_SIZE and (turn >= PASSES or spent + made.took > enough):
             break
-    forward, both = (statistics.median(wall for wall, _ in t[1:]) / size for t in times.values())
-    cost = (sum(min(work for _, work in t[1:]) for t in times.values()) + OWN) / size
-    return _Timed(cost, Pace(size, forward, both), took)
+    return made
+
+
+def _go_on(target: Target, found: list[_Timed], left: float) -> None:
+    """Time sizes that may be the best again while time is left."""
+    least = min(f.cost for f in found)
+    close = [f for f in found if f.cost <= HOPELESS * least]
+    while len(close) > 1 and min(f.turns for f in close) < TURNS:
+        left -= sum(len(f.rows) * (f.pace.forward + f.pace.both) for f in close)
+        if left < 0:
+            return
+        for each in close:
+            each.turn(target)
 
 
 def bare_pass(target: Target, x: Tensor, grad: bool) -> None:

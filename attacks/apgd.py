@@ -11,7 +11,7 @@ from torch import Tensor
 
 from arena.attack import Answer, Query, Setup, State
 
-from .steps import ascend, one_hot, ranked, rows, some, spread, surface_start, wrong
+from .steps import ascend, one_hot, ranked, rows, some, spread, surface_start, taken, wrong
 
 MOMENTUM = 0.75
 #: First step as a multiple of eps.
@@ -112,8 +112,7 @@ class Apgd:
         broken = wrong(answer)
 
         better = value > state["peak_value"]
-        wide = rows(better, point)
-        peak, peak_grad = point.where(wide, state["peak"]), grad.where(wide, state["peak_grad"])
+        peak, peak_grad = taken(better, point, state["peak"]), taken(better, grad, state["peak_grad"])
         peak_value = value.where(better, state["peak_value"])
         rises = state["rises"] + ((value > state["last_value"]) & ~first)
         size, halved, checked = state["size"], state["halved"], state["checked_value"]
@@ -179,8 +178,7 @@ class Apgd:
     def _close(self, new: State, point: Tensor, broken: Tensor, ended: Tensor) -> None:
         """Hand over the best point of rows whose run ends, and begin their next run."""
         improved = (new["peak_value"] > new["top"]) & ended
-        best = new["peak"].where(rows(improved, point), new["best"])
-        new["best"] = point.where(rows(broken, point), best)
+        new["best"] = taken(broken, point, taken(improved, new["peak"], new["best"]))
         new["top"] = new["peak_value"].where(improved, new["top"])
         new["done"] = broken | (ended & self._last(new))
         again = ended & ~new["done"]

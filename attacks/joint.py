@@ -12,7 +12,7 @@ from arena.attack import Answer, Query, Setup, State, Unsupported
 from arena.objectives import ENOUGH, best_other, lead
 
 from .apgd import Apgd
-from .steps import ascend, inside_start, ranked, rows, wrong
+from .steps import ascend, inside_start, ranked, rows, taken, wrong
 
 
 def joint_t(setup: Setup, *, weights: str = "all", targets: int = 9, steps: int = 100, restarts: int = 1) -> Apgd:
@@ -129,7 +129,7 @@ class Steer:
             "step": step,
             "run": run,
             "phase": phase,
-            "best": point.where(rows(better, point), state["best"]),
+            "best": taken(better, point, state["best"]),
             "top": margin.where(better, state["top"]),
             "done": done,
         }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from arena.attack import Answer, Query, Setup, State, Unsupported
 
-from .steps import ascend, inside_start, one_hot, rows, spread, wrong
+from .steps import ascend, inside_start, one_hot, rows, spread, taken, wrong
 from .ways import climb_unbounded, feasible, tangent
 
 
@@ -98,7 +98,7 @@ class Pgd:
             "point": moved,
             "step": step,
             "restart": restart,
-            "best": point.where(rows(better, point), state["best"]),
+            "best": taken(better, point, state["best"]),
             "top": value.where(better, state["top"]),
             "done": done,
         }

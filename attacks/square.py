@@ -13,7 +13,7 @@ from torch import Tensor
 
 from arena.attack import Answer, Query, Setup, State
 
-from .steps import lengths, rows, wrong
+from .steps import lengths, rows, taken, wrong
 
 #: Queries after which the share of changed pixels halves; counted as they are, not rescaled to other budgets.
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -109,7 +109,7 @@ class Square:
         broken = wrong(answer)
         better = (value > state["value"]) | broken
         new = dict(state)
-        new["held"] = point.where(rows(better, point), state["held"])
+        new["held"] = taken(better, point, state["held"])
         new["value"] = value.where(better, state["value"])
         ended = state["step"] >= self.queries
         over = bool((ended | broken).any())
@@ -132,7 +132,7 @@ class Square:
     def _close(self, new: State, broken: Tensor, ended: Tensor) -> None:
         over = ended | broken
         improved = over & ((new["value"] > new["top"]) | broken)
-        new["best"] = new["held"].where(rows(improved, new["held"]), new["best"])
+        new["best"] = taken(improved, new["held"], new["best"])
         new["top"] = new["value"].where(improved, new["top"])
         new["done"] = broken | (ended & (new["restart"] + 1 >= self.restarts))
         again = ended & ~new["done"]

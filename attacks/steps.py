@@ -56,6 +56,19 @@ def rows(mask: Tensor, like: Tensor) -> Tensor:
     return mask.view(-1, *(1,) * (like.dim() - 1))
 
 
+def taken(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Return the rows of ``new`` that a mask (N,) means, and of ``old`` (both (N, ...)) the others.
+
+    On a CPU, where it means all or none, without a copy: so neither may be changed in place any more.
+    """
+    if not mask.is_cuda:
+        if bool(mask.all()):
+            return new
+        if not bool(mask.any()):
+            return old
+    return new.where(rows(mask, new), old)
+
+
 def some(mask: Tensor) -> bool:
     """Tell whether a mask (N,) means any row. On a GPU always: to wait for the answer costs more than to go on."""
     return mask.is_cuda or bool(mask.any())

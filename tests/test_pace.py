@@ -101,14 +101,19 @@ def test_other_errors_and_a_memory_that_holds_nothing_are_passed_on():
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Costs by rule instead of by clock: seconds of a batch by (rows, with gradient)."""
+    """Costs by rule, seconds of a batch by (rows, with gradient), and a clock, ``plant.now``, that only passes move."""
 
     def plant(rule):
-        model = Small()
-        target = Target(model, Surface(), 10)
-        monkeypatch.setattr(pace, "_seconds", lambda work, _device: (rule(len(work.args[1]), work.args[2]),) * 2)
+        def pass_by(work, _device):
+            took = rule(len(work.args[1]), work.args[2])
+            plant.now += took
+            return took, took
+
+        plant.now = 0.0
+        monkeypatch.setattr(pace, "_seconds", pass_by)
+        monkeypatch.setattr(pace.time, "perf_counter", lambda: plant.now)
         monkeypatch.setattr(pace, "OWN", 0.0)
-        return target
+        return Target(Small(), Surface(), 10)
 
     return plant
 
@@ -161,12 +166,26 @@ def test_a_long_match_times_more_sizes(timed):
     assert measure(timed(rule), X).batch_size == 32
     assert set(asked) == {8, 32}
     asked.clear()
-    assert measure(timed(rule), X, passes=(10**6, 10**6)).batch_size == 304  # an hour: it is worth seconds
+    assert measure(timed(rule), X, passes=(10**7, 10**7)).batch_size == 304  # hours: worth seconds
     assert set(asked) == {8, 32, 64, 128, 256, 304}
     asked.clear()
     hours = timed(lambda rows, grad: asked.append(rows) or rows * 0.1)  # 3 s a pass
     assert measure(hours, X, passes=(10**9, 10**9)).batch_size == 32
     assert set(asked) == {8}
+
+
+def test_in_a_long_match_what_was_disturbed_is_timed_again(timed):
+    asked = []
+
+    def rule(rows, grad):
+        asked.append(rows)
+        return rows * (1.15e-4 if rows > 128 and asked.count(rows) <= 2 * (1 + pace.PASSES) else 1e-4)
+
+    assert measure(timed(rule), X, passes=(10**4, 10**4)).batch_size == 128  # two seconds, worth no time
+    asked.clear()
+    assert measure(timed(rule), X, passes=(10**8, 10**8)).batch_size == 304
+    turns = 2 * (1 + pace.TURNS)
+    assert [asked.count(size) for size in (32, 256, 304)] == [turns] * 3
 
 
 def test_a_batch_takes_no_more_than_its_share_of_the_memory(monkeypatch, timed):
@@ -207,23 +226,16 @@ def test_nothing_is_counted_or_drawn():
     assert (target.meter.forwards, target.meter.backwards) == (0, 0)
 
 
-def test_all_sizes_take_a_fifth_of_a_second(timed, monkeypatch):
-    """By a clock that only the passes move, so that no other work on the machine counts."""
-    now = [0.0]
-    target = timed(lambda rows, grad: 0.0)
-    for a_row in (1e-6, 2e-5, 1e-4, 1e-3, 5e-3):
+@pytest.mark.parametrize("a_row", [1e-6, 2e-5, 1e-4, 1e-3, 5e-3])
+@pytest.mark.parametrize("size", [None, 256])
+def test_all_sizes_take_a_fifth_of_a_second(timed, a_row, size):
+    assert measure(timed(lambda rows, grad: a_row * rows), X, size) is not None
+    assert timed.now < 0.3
 
-        def pass_by(work, _device, a_row=a_row):
-            rows = len(work.args[1])
-            now[0] += a_row * rows
-            return (a_row * rows,) * 2
 
-        monkeypatch.setattr(pace, "_seconds", pass_by)
-        monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
-        for size in (None, 256):
-            now[0] = 0.0
-            assert measure(target, X, size) is not None
-            assert now[0] < 0.3
+def test_of_a_long_match_they_take_seconds_at_most(timed):
+    assert measure(timed(lambda rows, grad: 1e-3 * rows), X, passes=(10**9, 10**9)) is not None
+    assert 1.0 < timed.now < pace.TOO_LONG + 0.3
 
 
 def test_bare_seconds_count_a_backward_with_its_forward():

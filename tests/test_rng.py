@@ -67,6 +67,15 @@ def test_step_and_restart_may_differ_by_row():
         assert torch.equal(mixed[i : i + 1], alone)
 
 
+def test_rows_that_are_drawn_in_parts_are_those_drawn_alone():
+    stream, rows = Stream.of(0, "pgd"), torch.arange(50) * 7
+    steps, restarts = rows % 3, rows % 5
+    together = stream.uniform(rows, steps, (3, 32, 32), restart=restarts)
+    for i in range(len(rows)):
+        alone = stream.uniform(rows[i : i + 1], int(steps[i]), (3, 32, 32), restart=int(restarts[i]))
+        assert torch.equal(together[i : i + 1], alone)
+
+
 def test_longer_draws_begin_with_shorter_ones():
     stream, rows = Stream.of(0, "pgd"), torch.arange(3)
     assert torch.equal(stream.bits(rows, 0, 0, 13)[:, :6], stream.bits(rows, 0, 0, 6))
