@@ -25,8 +25,8 @@ from arena.target import DEFAULT_BATCH, STEP, Target, out_of_memory, padded
 SIZES = (32, 64, 128, 256, 512, 1024)
 #: Timed pairs of passes a size, after one that is not: at least, and at most in ``A_SIZE`` seconds.
 PASSES, MOST, A_SIZE = 2, 12, 0.01
-#: In a long match those that may be the best are timed on, in turn, so that what else the machine does for a while meets
-#: all alike: up to so many pairs a size.
+#: In a long match those that may be the best are timed on, in turn, so that what else the machine does for a while
+#: meets all alike: up to so many pairs a size.
 TURNS = 6
 #: Seconds in which all sizes are tried, or a share of what the match can take, up to so many seconds. What a first
 #: batch of ``STEP`` rows takes is not among them.

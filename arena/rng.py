@@ -25,7 +25,7 @@ _CACHED = 2**14
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> Tensor:
     """Run ten Philox rounds on counter words; returns int64 (..., 4).
 
-    The words are int64 tensors in [0, 2^32) whose shapes broadcast: what is one number a row stays one for a few rounds.
+    The words are int64 tensors in [0, 2^32) whose shapes broadcast: one number a row stays that for a few rounds.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key

@@ -97,8 +97,8 @@ def inside_start(setup: Setup, index: Tensor, restart: Tensor | int, x: Tensor) 
     """Draw a start uniformly from the ball, cut to the box: pgd's start."""
     threat = setup.threat
     if threat.norm == "Linf":
-        noise = setup.stream.uniform(index, 0, setup.shape, restart) * 2 - 1
-        return threat.project(x, x + noise * threat.radius)
+        noise = setup.stream.uniform(index, 0, setup.shape, restart).mul_(2).sub_(1)
+        return threat.project(x, noise.mul_(threat.radius).add_(x))
     size = x[0].numel()
     direction = setup.stream.normal(index, 0, setup.shape, restart).flatten(1)
     # in float64 and rounded once: float32 powers differ between vector and scalar code paths

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from arena.watch import Silent
 
 #: Seconds that one look takes, after a pair of passes that is not timed; and the least pairs.
 A_LOOK, LEAST = 0.5, 5
-#: Looks inside a run take about this share of its seconds.
-SHARE = 0.1
+#: Looks inside a run take about this share of its seconds; inside a short one, half.
+SHARE, HALF = 0.1, 0.5
 
 
 @dataclass
@@ -47,17 +47,21 @@ class Bare:
                     kept.append((time.perf_counter() - start) / len(self.rows))
             turn += 1
 
-    def seconds(self, forwards: int, backwards: int) -> float:
-        """Return what so many forwards and backwards, of rows, take: each backward with a forward of its own."""
-        forward, both = (statistics.median(self.times[grad]) for grad in (False, True))
+    def seconds(self, forwards: int, backwards: int, all_through: bool = False) -> float:
+        """Return what so many forwards and backwards, of rows, take: each backward with a forward of its own.
+
+        By the medians; by the means where looks were taken all through a run, which meets all that disturbs them.
+        """
+        middle = fmean if all_through else median
+        forward, both = (middle(self.times[grad]) for grad in (False, True))
         return max(forwards - backwards, 0) * forward + backwards * both
 
 
 class Looking(Silent):
     """Looks at bare passes again and again while a match goes on: what else the machine does meets both alike."""
 
-    def __init__(self, bare: Bare) -> None:
-        self.bare = bare
+    def __init__(self, bare: Bare, share: float = SHARE) -> None:
+        self.bare, self.share = bare, share
         self.took = self.cpu = 0.0
         """Seconds of all looks, wall and of the process, which are among the match's own."""
         self._due = 0.0
@@ -68,7 +72,7 @@ class Looking(Silent):
         if began >= self._due:
             looked = timed(lambda: self.bare.look(0.0))
             self.took, self.cpu = self.took + looked.seconds, self.cpu + looked.cpu
-            self._due = began + looked.seconds / SHARE
+            self._due = began + looked.seconds / self.share
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from arena.threads import one_thread, small
 from arena.watch import Silent
 from arena.workers.staff import engaged
 
-from .bare import Bare, Looking, timed
+from .bare import SHARE, Bare, Looking, timed
 from .cases import Subject
 from .plain import BATCH, drive
 from .style import Style
@@ -197,10 +197,13 @@ def play_in_turn(
     return {**made, "bare": round(chosen.seconds(made["forwards"], made["backwards"]), 6), "pace_bare": made["bare"]}
 
 
-def play_among_looks(subject: Subject, entry: str, seed: int, threads: int, registry: Registry) -> dict[str, Any]:
+def play_among_looks(
+    subject: Subject, entry: str, seed: int, threads: int, registry: Registry, share: float = SHARE
+) -> dict[str, Any]:
     """Play an entry in fp32, and time bare passes of the same search copy and batch size again and again meanwhile.
 
-    The batch size is chosen beforehand, as a match chooses it. The looks' seconds are taken off the entry's.
+    The batch size is chosen beforehand, as a long match chooses it. The looks, about this share of all, are taken off
+    the entry's seconds.
     """
     contender, x = subject.obtain(), subject.x
     few = small("cpu", contender.parameters, subject.images.shape)
@@ -210,13 +213,14 @@ def play_among_looks(subject: Subject, entry: str, seed: int, threads: int, regi
         search = Search(contender.build, contender.surface, subject.images.n_classes, x, met, running, LONG)
         bare = Bare.of(search.target, x, search.target.batch_size)
         bare.look()
-    looking = Looking(bare)
+    looking = Looking(bare, share)
     made = play(subject, entry, EAGERLY, seed, threads, registry, search.target.batch_size, looking)
     with on_threads(threads), one_thread(few):
         bare.look()
     less = {key: round(made[key] - looking.took, 6) for key in ("seconds", "whole")}
     less["cpu"] = round(made["cpu"] - looking.cpu, 6)
-    known = {"bare": round(bare.seconds(made["forwards"], made["backwards"]), 6), "pace_bare": made["bare"]}
+    passes = made["forwards"], made["backwards"]
+    known = {"bare": round(bare.seconds(*passes, all_through=True), 6), "pace_bare": made["bare"]}
     return {**made, **less, **known}
 
 

@@ -18,6 +18,7 @@ from arena.surface import Surface
 from arena.watch import Silent
 
 from . import games
+from .bare import HALF, SHARE
 from .cases import Case, Subject, named, subject
 from .cells import Cells
 from .peers import Environment
@@ -27,9 +28,9 @@ from .style import Style
 #: Square with squares that reach the last row and column, which its own never do.
 MEMBERS = (("apgd_ce", ""), ("apgd_t", ""), ("fab_t", ""), ("square", ""), ("square", "to the rim"))
 #: What the overhead is measured on, and in how many turns at least.
-PGD_STEPS, PGD_TURNS = 20, 5
+PGD_STEPS, PGD_TURNS = 20, 9
 #: And how.
-AMONG_LOOKS = "bare passes timed all through"
+AMONG_LOOKS = "bare passes timed all through, by their means"
 #: Whole evaluations: the two rosters, the full one driven plainly, and the reference.
 WAYS = ("fast", "full", "plain", "reference")
 #: The overhead's peers.
@@ -230,10 +231,10 @@ class Bench:
         for on, threads, pair in self._turns(s.overhead, s.seeds[:1], cifar_n=s.overhead_n, pairs=PGD_TURNS):
             entry = f"pgd(steps={PGD_STEPS})"
             asked = self._asked(on, "pgd, arena", threads, pair, [AMONG_LOOKS, *self._made_of(entry, on)])
-            self._keep("overhead", self.found.overhead, on, asked, self._among_looks(on, entry, threads))
+            self._keep("overhead", self.found.overhead, on, asked, self._among_looks(on, entry, threads, HALF))
             if pair == 0:  # it takes long enough to be its own median
                 asked = self._asked(on, s.full, threads, pair, [AMONG_LOOKS, *self._made_of(s.full, on)])
-                self._keep("overhead", self.found.overhead, on, asked, self._among_looks(on, s.full, threads))
+                self._keep("overhead", self.found.overhead, on, asked, self._among_looks(on, s.full, threads, SHARE))
             for library in PGD_PEERS:
                 if self.peers.has(library):
                     asked = self._asked(on, f"pgd, {library}", threads, pair, self.peers.version(library))
@@ -251,10 +252,10 @@ class Bench:
 
         return work
 
-    def _among_looks(self, on: Subject, entry: str, threads: int) -> Callable[[], dict[str, Any]]:
+    def _among_looks(self, on: Subject, entry: str, threads: int, share: float) -> Callable[[], dict[str, Any]]:
         def work() -> dict[str, Any]:
             self._warm_up(on)
-            return games.play_among_looks(on, entry, 0, threads, self.registry)
+            return games.play_among_looks(on, entry, 0, threads, self.registry, share)
 
         return work
 

@@ -187,8 +187,9 @@ NOTES = """\
 - *seconds* are of the attacks alone, wall; *whole* is the match with its checks, its timing and the referee; *cpu* are
   the process's, all threads, of a match the whole. *bare* is what as many forwards and backwards take with nothing
   around them, timed in the same process: of arena's own runs the search copy's, else the eager model's. It is timed
-  right before and after; for arena's rows of the overhead also again and again meanwhile, a tenth of the time, so that
-  what else the machine does meets both alike.
+  right before and after; for arena's rows of the overhead also again and again meanwhile, half of the time of a PGD
+  and a tenth of an ensemble's, so that what else the machine does meets both alike: there by the means of passes, for
+  a run's seconds are a sum too, else by the medians.
 """
 
 

@@ -201,6 +201,12 @@ def test_looks_inside_a_run_take_a_tenth_of_it_and_are_told_apart(monkeypatch):
     assert looking.bare.seconds(100, 40) == pytest.approx((60 * 0.01 + 40 * 0.03) / 8)
 
 
+def test_what_disturbs_passes_now_and_then_counts_only_where_it_met_the_run_as_well():
+    bare_passes = bare.Bare(None, torch.zeros(8, 1), {False: [1.0, 1.0, 4.0], True: [3.0, 3.0, 3.0]})
+    assert bare_passes.seconds(10, 4) == 6 * 1.0 + 4 * 3.0
+    assert bare_passes.seconds(10, 4, all_through=True) == 6 * 2.0 + 4 * 3.0
+
+
 # -- cells -------------------------------------------------------------------------------------------------------------
 
 
