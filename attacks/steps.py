@@ -85,8 +85,11 @@ def ascend(threat: Threat, point: Tensor, grad: Tensor, size: Tensor | float) ->
     A gradient that is not finite counts as zero in those pixels.
     """
     grad = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
-    if threat.norm == "Linf":
-        return grad.sign_().mul_(size).add_(point)
+    if threat.norm == "Linf":  # the product is exact, so here the fused forms round once too
+        sign = grad.sign_()
+        if isinstance(size, Tensor):
+            return torch.addcmul(point, sign, size, out=sign)
+        return torch.add(point, sign, alpha=size, out=sign)
     unit = grad.flatten(1)
     # the largest entry first: squares of a gradient as small as 1e-25 would vanish in float32
     unit = unit / unit.abs().amax(1, keepdim=True).clamp_min(1e-37)
