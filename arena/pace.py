@@ -12,7 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -115,7 +115,7 @@ def _measured(target: Target, x: Tensor, wanted: int | None, passes: tuple[int, 
         return replace(last.pace, batch_size=wanted)
     if not found:  # the smallest does not fit, or the time is up
         return small.pace if full else replace(small.pace, batch_size=min(SIZES[0], most))
-    _go_on(target, found, enough - spent if enough > ENOUGH else 0.0)
+    _go_on(target, x, found, enough - spent if enough > ENOUGH else 0.0)
     least = min(f.cost for f in found)
     return [f.pace for f in found if f.cost <= least * NO_SLOWER][-1]
 
@@ -124,8 +124,9 @@ def _measured(target: Target, x: Tensor, wanted: int | None, passes: tuple[int, 
 class _Timed:
     """One size, timed."""
 
-    rows: Tensor
-    times: dict[bool, list[tuple[float, float]]]
+    size: int
+    """Rows a pass."""
+    times: dict[bool, list[tuple[float, float]]] = field(default_factory=lambda: {False: [], True: []})
     """Wall and CPU seconds of forwards, and of forwards with gradient and their backwards; the first of each does not
     count."""
     took: float = 0.0
@@ -135,46 +136,46 @@ class _Timed:
     def cost(self) -> float:
         """CPU seconds a row of the fastest passes, which other work on the machine disturbs least: sizes are compared
         by it."""
-        return (sum(min(work for _, work in t[1:]) for t in self.times.values()) + OWN) / len(self.rows)
+        return (sum(min(work for _, work in t[1:]) for t in self.times.values()) + OWN) / self.size
 
     @property
     def pace(self) -> Pace:
         """What a row takes, by the medians."""
-        size = len(self.rows)
-        return Pace(size, *(statistics.median(wall for wall, _ in t[1:]) / size for t in self.times.values()))
+        forward, both = (statistics.median(wall for wall, _ in t[1:]) / self.size for t in self.times.values())
+        return Pace(self.size, forward, both)
 
     @property
     def turns(self) -> int:
         """Pairs of passes that count."""
         return len(self.times[True]) - 1
 
-    def turn(self, target: Target) -> None:
-        """Time a pair of passes."""
+    def turn(self, target: Target, x: Tensor) -> None:
+        """Time a pair of passes on images (N, C, H, W), repeated where they are too few."""
+        rows = x[torch.arange(self.size, device=x.device) % len(x)]
         for grad, kept in self.times.items():
-            kept.append(_seconds(partial(bare_pass, target, self.rows, grad), self.rows.device))
+            kept.append(_seconds(partial(bare_pass, target, rows, grad), x.device))
 
 
 def _timed(target: Target, x: Tensor, size: int, enough: float, spent: float) -> _Timed:
-    made = _Timed(x[torch.arange(size, device=x.device) % len(x)], {False: [], True: []})
-    began = time.perf_counter()
+    made, began = _Timed(size), time.perf_counter()
     for turn in range(1 + MOST):
-        made.turn(target)
+        made.turn(target, x)
         made.took = time.perf_counter() - began
         if turn and made.took > A_SIZE and (turn >= PASSES or spent + made.took > enough):
             break
     return made
 
 
-def _go_on(target: Target, found: list[_Timed], left: float) -> None:
+def _go_on(target: Target, x: Tensor, found: list[_Timed], left: float) -> None:
     """Time sizes that may be the best again while time is left."""
     least = min(f.cost for f in found)
     close = [f for f in found if f.cost <= HOPELESS * least]
     while len(close) > 1 and min(f.turns for f in close) < TURNS:
-        left -= sum(len(f.rows) * (f.pace.forward + f.pace.both) for f in close)
+        left -= sum(f.size * (f.pace.forward + f.pace.both) for f in close)
         if left < 0:
             return
         for each in close:
-            each.turn(target)
+            each.turn(target, x)
 
 
 def bare_pass(target: Target, x: Tensor, grad: bool) -> None:
