@@ -41,9 +41,12 @@ def home() -> Path:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """Open a file that becomes `path` when the block ends: readers see the old file or the whole new one, and neither
     an error nor a kill leaves a half.
+
+    If `durable`, a loss of power leaves none either. Waiting for the disk takes milliseconds: what is written often,
+    and done again where it is damaged, need not.
 
     Raises:
         ArenaError: the folder cannot be created, or the file cannot be written.
@@ -54,8 +57,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):
@@ -65,13 +69,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def atomic_write(path: Path, data: bytes) -> None:
+def atomic_write(path: Path, data: bytes, durable: bool = True) -> None:
     """Write `data` to `path` as ``atomic_file`` does.
 
     Raises:
         ArenaError: the folder cannot be created, or the file cannot be written.
     """
-    with atomic_file(path) as file:
+    with atomic_file(path, durable) as file:
         file.write(data)
 
 

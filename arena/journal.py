@@ -2,7 +2,7 @@
 
 One folder a question. Each process appends files of its own, written whole and renamed into place; resuming reads the
 union of them all and deletes none before the result is stored. A finished row wins over a snapshot that holds it
-active.
+active. No write waits for the disk: what a loss of power damages is noticed, and attacked again.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class AttackKeeper:
         else:
             path.unlink(missing_ok=True)
         spent = f"{self._own():.3f}"
-        atomic_write(self.folder / f"{self.name}.seconds-{self._id}", spent.encode())
+        atomic_write(self.folder / f"{self.name}.seconds-{self._id}", spent.encode(), durable=False)
         self._last = time.monotonic()
 
 
@@ -216,7 +216,7 @@ def unpacked(arrays: Mapping[str, np.ndarray]) -> dict[int, Row]:
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    atomic_write(path, buffer.getvalue())
+    atomic_write(path, buffer.getvalue(), durable=False)
 
 
 def _read(path: Path) -> dict[str, np.ndarray] | None:

@@ -268,14 +268,27 @@ def test_a_stop_between_rows_and_state_repeats_nothing_wrongly(points, tmp_path)
     assert torch.equal(got.forwards, expected.forwards)
 
 
-def test_a_torn_journal_file_costs_only_its_rows(points, tmp_path):
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda data: data[:100],
+        lambda data: b"",
+        lambda data: bytes(len(data)),
+        lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2),
+        lambda data: data[:300] + bytes([data[300] ^ 1]) + data[301:],
+    ],
+    ids=["cut", "empty", "zeros", "half", "a bit"],
+)
+def test_a_torn_journal_file_costs_only_its_rows(points, tmp_path, damaged):
     expected, _ = walk(points, 32)
     journal = Journal(tmp_path / "j", every=0)
     journal.open("model")
     calls = []
     walk(points, 32, keeper=journal.keeper("a"), until=lambda: calls.append(0) or len(calls) >= 9)
     for path in [*(tmp_path / "j").glob("a.rows-*"), tmp_path / "j" / "a.state.npz"]:
-        path.write_bytes(path.read_bytes()[:100])
+        path.write_bytes(damaged(path.read_bytes()))
+    for path in (tmp_path / "j").glob("a.seconds-*"):
+        path.write_bytes(b"")
     got, target = walk(points, 64, keeper=Journal(tmp_path / "j").keeper("a"))
     assert torch.equal(got.x_adv, expected.x_adv)
     assert target.meter.forwards == int(expected.forwards.sum())  # all attacked again

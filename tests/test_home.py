@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from arena.errors import ArenaError
-from arena.home import atomic_write, home, lock
+from arena.home import atomic_file, atomic_write, home, lock
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +62,19 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         atomic_write(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_need_not_be_durable_is_atomic_and_waits_for_no_disk(tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(os, "fsync", waited.append)
+    path = tmp_path / "file"
+    atomic_write(path, b"old", durable=False)
+    with pytest.raises(ValueError, match="boom"), atomic_file(path, durable=False) as file:
+        file.write(b"new")
+        raise ValueError("boom")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert not waited
 
 
 def test_write_below_a_file_is_one_line(tmp_path):
