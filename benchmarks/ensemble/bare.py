@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -47,13 +47,9 @@ class Bare:
                     kept.append((time.perf_counter() - start) / len(self.rows))
             turn += 1
 
-    def seconds(self, forwards: int, backwards: int, all_through: bool = False) -> float:
-        """Return what so many forwards and backwards, of rows, take: each backward with a forward of its own.
-
-        By the medians; by the means where looks were taken all through a run, which meets all that disturbs them.
-        """
-        middle = fmean if all_through else median
-        forward, both = (middle(self.times[grad]) for grad in (False, True))
+    def seconds(self, forwards: int, backwards: int) -> float:
+        """Return what so many forwards and backwards, of rows, take: each backward with a forward of its own."""
+        forward, both = (statistics.median(self.times[grad]) for grad in (False, True))
         return max(forwards - backwards, 0) * forward + backwards * both
 
 

@@ -219,8 +219,7 @@ def play_among_looks(
         bare.look()
     less = {key: round(made[key] - looking.took, 6) for key in ("seconds", "whole")}
     less["cpu"] = round(made["cpu"] - looking.cpu, 6)
-    passes = made["forwards"], made["backwards"]
-    known = {"bare": round(bare.seconds(*passes, all_through=True), 6), "pace_bare": made["bare"]}
+    known = {"bare": round(bare.seconds(made["forwards"], made["backwards"]), 6), "pace_bare": made["bare"]}
     return {**made, **less, **known}
 
 

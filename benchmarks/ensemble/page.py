@@ -188,8 +188,7 @@ NOTES = """\
   the process's, all threads, of a match the whole. *bare* is what as many forwards and backwards take with nothing
   around them, timed in the same process: of arena's own runs the search copy's, else the eager model's. It is timed
   right before and after; for arena's rows of the overhead also again and again meanwhile, half of the time of a PGD
-  and a tenth of an ensemble's, so that what else the machine does meets both alike: there by the means of passes, for
-  a run's seconds are a sum too, else by the medians.
+  and a tenth of an ensemble's, so that what else the machine does meets both alike.
 """
 
 

@@ -181,7 +181,8 @@ def test_a_match_and_the_plain_driver_give_cells_of_one_form(means, monkeypatch,
     assert not list((arena_home / "examples").glob("*"))  # nothing is left behind
 
 
-def test_looks_inside_a_run_take_a_tenth_of_it_and_are_told_apart(monkeypatch):
+@pytest.mark.parametrize("share", [bare.SHARE, bare.HALF])
+def test_looks_inside_a_run_take_their_share_of_it_and_are_told_apart(monkeypatch, share):
     now, passes = [0.0], []
 
     def one_pass(target, rows, grad):
@@ -190,21 +191,15 @@ def test_looks_inside_a_run_take_a_tenth_of_it_and_are_told_apart(monkeypatch):
 
     monkeypatch.setattr(bare.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(bare, "bare_pass", one_pass)
-    looking = bare.Looking(bare.Bare(None, torch.zeros(8, 1)))
+    looking = bare.Looking(bare.Bare(None, torch.zeros(8, 1)), share)
     own = 0.0
     for done in range(500):
         now[0], own = now[0] + 0.2, own + 0.2
         looking.advance(done)
     assert now[0] - looking.took == pytest.approx(own)
     assert looking.took == pytest.approx(sum(0.03 if grad else 0.01 for grad in passes))
-    assert 0.08 < looking.took / now[0] < 0.12
+    assert 0.7 * share < looking.took / now[0] < 1.2 * share
     assert looking.bare.seconds(100, 40) == pytest.approx((60 * 0.01 + 40 * 0.03) / 8)
-
-
-def test_what_disturbs_passes_now_and_then_counts_only_where_it_met_the_run_as_well():
-    bare_passes = bare.Bare(None, torch.zeros(8, 1), {False: [1.0, 1.0, 4.0], True: [3.0, 3.0, 3.0]})
-    assert bare_passes.seconds(10, 4) == 6 * 1.0 + 4 * 3.0
-    assert bare_passes.seconds(10, 4, all_through=True) == 6 * 2.0 + 4 * 3.0
 
 
 # -- cells -------------------------------------------------------------------------------------------------------------
