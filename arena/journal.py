@@ -2,7 +2,7 @@
 
 One folder a question. Each process appends files of its own, written whole and renamed into place; resuming reads the
 union of them all and deletes none before the result is stored. A finished row wins over a snapshot that holds it
-active. No write waits for the disk: what a loss of power damages is noticed, and attacked again.
+active. Rows and snapshots do not wait for the disk: what a loss of power damages is noticed, and attacked again.
 """
 
 from __future__ import annotations
