@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -19,23 +20,7 @@ from arena.question import Question, Running
 from arena.store import open_store
 from arena.watch import Silent
 
-MODEL = """
-import torch
-from arena.datasets import digits, to_float
-
-class Means(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        images = digits()
-        x = to_float(images.x_train).flatten(1)
-        self.means = torch.nn.Parameter(torch.stack([x[images.y_train == k].mean(0) for k in range(10)]))
-
-    def forward(self, x):
-        return -torch.cdist(x.flatten(1), self.means)
-
-def factory():
-    return Means()
-"""
+MODEL = (Path(__file__).parent / "means.py").read_text()
 VS = ("pgd(steps=6)", "apgd_t(steps=4)", "square(queries=40)", "foolbox:LinfPGD(steps=4)", "fgsm")
 
 

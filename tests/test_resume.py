@@ -14,28 +14,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-MODEL = """
-import os
-import torch
-from arena.datasets import digits, to_float
+MODEL = (
+    (Path(__file__).parent / "means.py").read_text()
+    + """
 
-class Means(torch.nn.Module):
-    "Nearest class mean; every row that passes is written down, so the test can count what was repeated."
-
-    def __init__(self):
-        super().__init__()
-        images = digits()
-        x = to_float(images.x_train).flatten(1)
-        self.means = torch.nn.Parameter(torch.stack([x[images.y_train == k].mean(0) for k in range(10)]))
+class Counting(Means):
+    "Every row that passes is written down, so the test can count what was repeated."
 
     def forward(self, x):
+        import os
+
         with open(os.environ["PASSES"], "ab") as file:
             file.write(len(x).to_bytes(4, "little"))
-        return -torch.cdist(x.flatten(1), self.means)
+        return super().forward(x)
+
 
 def factory():
-    return Means()
+    return Counting()
 """
+)
 
 
 @pytest.fixture

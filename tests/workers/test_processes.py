@@ -48,25 +48,7 @@ def test_a_process_killed_in_the_middle_changes_nothing(registry, monkeypatch):
     assert killed[0].processes() == []
 
 
-MODEL = """
-import torch
-from arena.datasets import digits, to_float
-
-class Means(torch.nn.Module):
-    "Nearest class mean."
-
-    def __init__(self):
-        super().__init__()
-        images = digits()
-        x = to_float(images.x_train).flatten(1)
-        self.means = torch.nn.Parameter(torch.stack([x[images.y_train == k].mean(0) for k in range(10)]))
-
-    def forward(self, x):
-        return -torch.cdist(x.flatten(1), self.means)
-
-def factory():
-    return Means()
-"""
+MODEL = (Path(__file__).parents[1] / "means.py").read_text()
 
 
 @pytest.fixture
