@@ -198,7 +198,7 @@ def test_looks_inside_a_run_take_their_share_of_it_and_are_told_apart(monkeypatc
         looking.advance(done)
     assert now[0] - looking.took == pytest.approx(own)
     assert looking.took == pytest.approx(sum(0.03 if grad else 0.01 for grad in passes))
-    assert 0.7 * share < looking.took / now[0] < 1.2 * share
+    assert 0.8 * share < looking.took / now[0] < 1.2 * share
     assert looking.bare.seconds(100, 40) == pytest.approx((60 * 0.01 + 40 * 0.03) / 8)
 
 
