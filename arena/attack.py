@@ -167,6 +167,8 @@ class Answer:
     """(N, m, G) what each gate says, by mean, where the query has a gate term; held gates too say their own."""
     again: Tensor | None = None
     """(N,) forwards beyond the query's own, in fp32; None: none."""
+    doubt: Tensor | None = None
+    """(N, m) bool, mistakes that count and that fp32 has yet to look at (``arena.engine``); None: none."""
 
 
 class IteratedAttack(Protocol):

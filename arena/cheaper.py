@@ -43,6 +43,8 @@ class Cheaper:
     """Of the passes: ``fp32`` or ``bf16``."""
     compiled: bool = False
     """Passes are compiled code (``arena.compiling``)."""
+    recorded: bool = False
+    """Passes are replayed CUDA graphs (``arena.graphs``)."""
     gap: float = 0.0
     """Largest difference to the eager model's scores on the probe, as a share of their spread, without bf16's."""
     note: str = ""
@@ -50,9 +52,14 @@ class Cheaper:
 
     def and_compiled(self, why: str) -> Cheaper:
         """Return this with its passes compiled; or, with ``why`` they are not, with that said."""
-        if not why:
-            return replace(self, compiled=True)
-        return replace(self, note="; ".join(n for n in (self.note, f"not compiled: {why}") if n))
+        return replace(self, compiled=not why, note=self._and_not("compiled", why))
+
+    def and_recorded(self, why: str) -> Cheaper:
+        """Return this with its passes recorded; or, with ``why`` they are not, with that said."""
+        return replace(self, recorded=not why, note=self._and_not("recorded", why))
+
+    def _and_not(self, what: str, why: str) -> str:
+        return "; ".join(n for n in (self.note, f"not {what}: {why}" if why else "") if n)
 
     def record(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -77,7 +84,8 @@ def make_cheaper(
     if surface.random:
         done = Cheaper(note="not folded: a random model's copy cannot be compared with it")
         return eager, _in_fp32(done, "the model is random") if precision == "bf16" else done
-    # On small pictures oneDNN's plain layout is the faster one, but for the tiles of AMX (docs/speed.md).
+    # On small pictures oneDNN's plain layout is the faster one, but for the tiles of AMX; in fp32 cuDNN's on all
+    # (docs/speed.md).
     wide = x[0].numel() > SMALL_IMAGE
     if precision == "bf16":
         model, done = _made(build, eager, surface, x, wide or _has_tiles(x.device))
@@ -87,7 +95,7 @@ def make_cheaper(
         why = _bf16_differs(eager, model, surface, x)
         if not why:
             return model, replace(done, precision="bf16")
-    model, done = _made(build, eager, surface, x, wide)
+    model, done = _made(build, eager, surface, x, wide and x.device.type != "cuda")
     return model, _in_fp32(done, why) if precision == "bf16" else done
 
 

@@ -83,11 +83,11 @@ def compile_passes(target: Target, x: Tensor) -> str:
     """
     if why := unfit(target.surface, x):
         return why
-    with _uncounted(target), _quietly():
+    with uncounted(target), _quietly():
         try:
-            eager = _looks(target, x, PROBE)
+            eager = looks(target, x, PROBE)
             target.compiled = Compiled(target.reader)
-            why = _differ(eager, _looks(target, x, PROBE), target.precision) or uneven(target, x, SIZES)
+            why = differ(eager, looks(target, x, PROBE), target.precision) or uneven(target, x, SIZES)
             why = why or target.compiled.given_up
         except Exception as e:  # a compiler that is missing, or code that it does not take: then it is left alone
             why = in_a_line(e)
@@ -102,7 +102,7 @@ def uneven(target: Target, x: Tensor, sizes: tuple[int, ...]) -> str:
     Where eager passes do so too, it is the model: a sigmoid of one number a row is computed in another way where the
     batch fills no vector.
     """
-    with _uncounted(target):
+    with uncounted(target), _unrecorded(target):
         for size in sizes:
             if not _even(target, x, size):
                 compiled, target.compiled = target.compiled, None
@@ -116,13 +116,13 @@ def uneven(target: Target, x: Tensor, sizes: tuple[int, ...]) -> str:
 
 
 def _even(target: Target, x: Tensor, size: int) -> bool:
-    usual, other = _looks(target, x, PROBE), _looks(target, x, size)
+    usual, other = looks(target, x, PROBE), looks(target, x, size)
     rows = torch.arange(size, device=x.device) % PROBE
     return all(torch.equal(a[rows], b) for a, b in zip(usual.parts(), other.parts(), strict=True))
 
 
 @dataclass(frozen=True)
-class _Looks:
+class Looks:
     """What an attacker sees of some images."""
 
     plain: Answer
@@ -140,7 +140,7 @@ class _Looks:
         return all(bool(part.isfinite().all()) for part in self.parts())
 
 
-def _looks(target: Target, x: Tensor, size: int) -> _Looks:
+def looks(target: Target, x: Tensor, size: int) -> Looks:
     """Look at ``size`` rows: the first ``PROBE`` images (N, C, H, W), repeated."""
     rows = torch.arange(size, device=x.device) % PROBE % len(x)
     x, surface = x[rows], target.surface
@@ -155,23 +155,23 @@ def _looks(target: Target, x: Tensor, size: int) -> _Looks:
     )
     before, target.batch_size = target.batch_size, max(target.batch_size, size)
     try:
-        return _Looks(*(target.answer(replace(asked, grad=grad), y) for grad in (False, True)))
+        return Looks(*(target.answer(replace(asked, grad=grad), y) for grad in (False, True)))
     finally:
         target.batch_size = before
 
 
-def _differ(eager: _Looks, made: _Looks, precision: str) -> str:
-    """Return by what compiled passes differ from eager ones, more than roundings do; empty if they do not."""
+def differ(eager: Looks, made: Looks, precision: str, how: str = "compiled") -> str:
+    """Return by what passes made ``how`` differ from eager ones, more than roundings do; empty if they do not."""
     exact = precision == "fp32"
     score, allowed = (TOLERANCE, 0.0) if exact else (BF16_TOLERANCE, BF16_SHARE)
     if eager.finite() and not made.finite():
-        return "compiled passes give numbers that are not finite"
+        return f"{how} passes give numbers that are not finite"
     for one, other in ((eager.plain, made.plain), (eager.slope, made.slope)):
         gaps = apart(_scores(one), _scores(other))
         if one.gates is not None and other.gates is not None:
             gaps = torch.cat((gaps, (one.gates - other.gates).abs().flatten()))
         if float((~(gaps <= score)).float().mean()) > allowed:
-            return f"compiled passes differ from the eager ones by {float(gaps.max()):.2g} of the scores' spread"
+            return f"{how} passes differ from the eager ones by {float(gaps.max()):.2g} of the scores' spread"
     assert eager.slope.grad is not None
     assert made.slope.grad is not None
     a, b = (grad.flatten(1).double() for grad in (eager.slope.grad, made.slope.grad))
@@ -181,7 +181,7 @@ def _differ(eager: _Looks, made: _Looks, precision: str) -> str:
     else:
         each = (a - b).norm(dim=1) / a.norm(dim=1).clamp_min(1e-30)
         turned, off = float(each.max()), float((~(each <= BF16_GRADIENT_TOLERANCE)).double().mean()) > BF16_SHARE
-    return f"the compiled gradient differs from the eager one by {turned:.2g} of its length" if off else ""
+    return f"the {how} gradient differs from the eager one by {turned:.2g} of its length" if off else ""
 
 
 def _scores(answer: Answer) -> Tensor:
@@ -191,13 +191,23 @@ def _scores(answer: Answer) -> Tensor:
 
 
 @contextmanager
-def _uncounted(target: Target) -> Iterator[None]:
+def uncounted(target: Target) -> Iterator[None]:
     """Make passes that the target's meter does not count."""
     counted, target.meter = target.meter, Meter()
     try:
         yield
     finally:
         target.meter = counted
+
+
+@contextmanager
+def _unrecorded(target: Target) -> Iterator[None]:
+    """Make passes that are not replayed ones."""
+    graphs, target.graphs = target.graphs, None
+    try:
+        yield
+    finally:
+        target.graphs = graphs
 
 
 @contextmanager

@@ -201,13 +201,18 @@ def run_iterated(
                 query = replace(query, counts=counts(state))
             if not outcome.moved:
                 outcome.moved = bool((query.points != state["x"].unsqueeze(1)).any())
-            answer = target.answer(query, state["y"])
+            answer = target.guessed(query, state["y"])
+            # To wait for a GPU costs more than to tell an attack twice: there it is told first what is not yet settled.
+            new = attack.tell(state, answer) if target.lazy else None
+            if new is None or (answer.doubt is not None and bool(answer.doubt.any())):
+                answer = target.settled(query, state["y"], answer)
+                new = attack.tell(state, answer)
             forwards, backwards = state[FORWARDS] + query.forwards, state[BACKWARDS]
             if answer.grad is not None:
                 backwards = backwards + query.backwards * (query.grad if isinstance(query.grad, Tensor) else 1)
             again = state[AGAIN] if answer.again is None else state[AGAIN] + answer.again
             owned = {"x": state["x"], "y": state["y"], "index": state["index"], AGAIN: again}
-            state = {**attack.tell(state, answer), **owned, FORWARDS: forwards, BACKWARDS: backwards}
+            state = {**new, **owned, FORWARDS: forwards, BACKWARDS: backwards}
             leaving = state["done"]
             if bool(leaving.any()):
                 rows_done = _finish(state, leaving)

@@ -17,6 +17,7 @@ from arena.playing import Playing
 from arena.plugins import Registry
 from arena.question import Question, Running
 from arena.store import open_store
+from arena.tf32 import without_tf32
 from arena.threads import one_thread, small
 from arena.watch import Watch
 from arena.workers.staff import engaged
@@ -58,7 +59,8 @@ def play(question: Question, running: Running, registry: Registry, watch: Watch)
             if again:
                 journal.mark("replay")
             match = Playing(arranged, running, registry, contender, journal, watch)
-            with one_thread(small(device, contender.parameters, arranged.images.shape)):  # changes no outcome
+            alone = small(device, contender.parameters, arranged.images.shape)
+            with one_thread(alone), without_tf32():  # the first changes no outcome
                 record, outcomes = match.run(staff)
         if record["stopped"]:  # no answer yet: the journal stays, and the same question goes on from it
             return Answered(record, False)

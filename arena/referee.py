@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from arena.objectives import best_other
+from arena.tf32 import without_tf32
 from arena.threat import Threat
 
 #: Rows a batch; constant, so that a point's logits do not depend on how many others are scored.
@@ -132,7 +133,7 @@ class Referee:
 
 def _predict(logits: Tensor) -> Tensor:
     finite = torch.isfinite(logits).all(1)
-    return logits.argmax(1).where(finite, torch.full((len(logits),), -1))
+    return logits.argmax(1).masked_fill(~finite, -1)
 
 
 def relative_margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -144,10 +145,5 @@ def relative_margin(logits: Tensor, y: Tensor) -> Tensor:
 @contextmanager
 def exact() -> Iterator[None]:
     """Score without gradients, TF32 or autocast."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    with without_tf32(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield

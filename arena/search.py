@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from arena.cheaper import Cheaper, make_cheaper
 from arena.check import PROBE
 from arena.compiling import compile_passes, uneven
 from arena.engine import Outcome
+from arena.graphs import record_passes, recordable
 from arena.guard import Guard
 from arena.lineup import Planned
 from arena.pace import SIZES, Pace, measure
@@ -63,7 +63,8 @@ class Search:
         images = images if len(images) else x[: SIZES[-1]]
         self.pace = measure(self.target, images, running.batch_size, passes)
         if self.cheaper.compiled and (why := uneven(self.target, self._x, (self.target.batch_size,))):
-            self.target.compiled, self.cheaper = None, replace(self.cheaper, compiled=False).and_compiled(why)
+            self.target.compiled, self.cheaper = None, self.cheaper.and_compiled(why)
+            self._record()
             self.pace = measure(self.target, images, self.target.batch_size, passes)
         if self.pace is not None:
             self.target.live = min(LIVE, int(A_STEP / self.pace.both) + 1)
@@ -76,7 +77,12 @@ class Search:
         )
         if running.compile:
             self.cheaper = self.cheaper.and_compiled(compile_passes(self.target, self._x))
+        self._record()
         self.guard = Guard(self.target, self._x)
+
+    def _record(self) -> None:
+        if recordable(self.target):
+            self.cheaper = self.cheaper.and_recorded(record_passes(self.target, self._x))
 
     def renew(self) -> None:
         """Put a fresh copy in the place of one that was changed; its pace is known."""
@@ -103,7 +109,9 @@ class Search:
         known = [row["bare"] for row in record["rosters"] if row["bare"] is not None]
         record["provenance"]["bare_seconds"] = round(sum(known), 6) if self.pace is not None else None
         search = {"batch_size": self.target.batch_size, "again": again}
-        done, compiled = self.cheaper, self.target.compiled
+        done, compiled, graphs = self.cheaper, self.target.compiled, self.target.graphs
         if compiled is not None and compiled.given_up:
-            done = replace(done, compiled=False).and_compiled(f"given up on the way: {compiled.given_up}")
+            done = done.and_compiled(f"given up on the way: {compiled.given_up}")
+        if graphs is not None and graphs.given_up:
+            done = done.and_recorded(f"given up on the way: {graphs.given_up}")
         record["provenance"]["search"] = {**done.record(), **search}

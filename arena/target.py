@@ -71,6 +71,12 @@ class Compilation(Protocol):
     def __call__(self, x: Tensor, /) -> Reading: ...
 
 
+class Recording(Compilation, Protocol):
+    """A model's passes, recorded."""
+
+    def at_once(self, x: Tensor, /) -> Reading: ...
+
+
 @dataclass
 class Target:
     """A search copy of a model, its surface, and a meter."""
@@ -91,6 +97,8 @@ class Target:
     compiled: Compilation | None = None
     """Reads the model as ``reader`` does, in compiled code (``arena.compiling``); surrogates and what is looked at in
     fp32 are read eagerly."""
+    graphs: Recording | None = None
+    """Reads the model as ``compiled`` or ``reader`` does, by recorded passes (``arena.graphs``), where these do."""
     live: int = LIVE
     """Rows of an attack at work at a time where a batch is smaller, so that few survivors make whole batches."""
 
@@ -100,6 +108,8 @@ class Target:
         self.model.eval().requires_grad_(False)
         self.step = GATED_STEP if self.surface.gates else STEP
         """What the sizes of its physical batches are multiples of."""
+        self.lazy = torch.device(self.device).type == "cuda"
+        """To wait for an answer's numbers costs more than to go on without them."""
         self.reader = Reader(self.model, self.surface)
         """Reads the model eagerly."""
         selects(self.model, self.surface)  # a declared choice that is none is said before the first pass
@@ -112,12 +122,12 @@ class Target:
     @contextmanager
     def in_fp32(self) -> Iterator[None]:
         """Make all passes inside in fp32, eagerly."""
-        before = self.precision, self.compiled
-        self.precision, self.compiled = "fp32", None
+        before = self.precision, self.compiled, self.graphs
+        self.precision, self.compiled, self.graphs = "fp32", None, None
         try:
             yield
         finally:
-            self.precision, self.compiled = before
+            self.precision, self.compiled, self.graphs = before
 
     def logits(self, x: Tensor) -> Tensor:
         """Return main logits (N, K) of images (N, C, H, W), without gradient."""
@@ -158,6 +168,41 @@ class Target:
             query: points (N, m, C, H, W) and what is wanted of them.
             y: true labels (N,).
         """
+        return self.settled(query, y, self.guessed(query, y))
+
+    def guessed(self, query: Query, y: Tensor) -> Answer:
+        """Answer a query without looking at mistakes once more: the answer says in ``doubt`` which wait for that."""
+        found = self._answered(query, y)
+        if self.precision == "fp32":
+            return found
+        doubt = found.errors > 0
+        return replace(found, doubt=doubt if query.counts is None else doubt & query.counts.unsqueeze(1))
+
+    def settled(self, query: Query, y: Tensor, answer: Answer) -> Answer:
+        """Put fp32's word in the place of what was seen of mistakes that count, and say how many forwards it took.
+
+        Under a surrogate that is only what is the model's own, logits and errors. Gradients stay as they are.
+        """
+        doubt = answer.doubt
+        if doubt is None:
+            return answer
+        which = doubt.flatten().nonzero().squeeze(1)
+        fields: dict[str, Any] = {"doubt": None, "again": doubt.sum(1)}
+        if len(which):
+            rows = which // doubt.shape[1]
+            asked = _rows(Query(query.points) if query.surrogate else query, rows, False)
+            if asked.targets is not None:
+                asked = replace(asked, target=asked.targets.gather(1, (which % doubt.shape[1]).unsqueeze(1)).squeeze(1))
+            points = query.points.flatten(0, 1).index_select(0, which).unsqueeze(1)
+            with self.in_fp32():
+                seen = self.answer(replace(asked, points=points, targets=None, draws=1), y.index_select(0, rows))
+            for key in ("logits", "errors") if query.surrogate else ("values", "logits", "errors", "scores", "gates"):
+                before, now = getattr(answer, key), getattr(seen, key)
+                if before is not None and now is not None:
+                    fields[key] = before.flatten(0, 1).index_copy(0, which, now.flatten(0, 1)).view_as(before)
+        return replace(answer, **fields)
+
+    def _answered(self, query: Query, y: Tensor) -> Answer:
         n, m = query.points.shape[:2]
         wants = query.grad
         if isinstance(wants, Tensor) and query.climbs:
@@ -181,8 +226,8 @@ class Target:
                 full = False
             if full:  # outside the handler, where nothing holds the failed pass any more
                 self.shrink()
-        whole = parts[0] if len(parts) == 1 else tuple(_joined([p[k] for p in parts]) for k in range(7))
-        values, logits, errors, grads, scores, gates, again = whole
+        whole = parts[0] if len(parts) == 1 else tuple(_joined([p[k] for p in parts]) for k in range(6))
+        values, logits, errors, grads, scores, gates = whole
         assert values is not None
         assert logits is not None
         assert errors is not None
@@ -193,7 +238,6 @@ class Target:
             errors.view(n, m),
             None if scores is None else scores.view(n, m, *scores.shape[1:]),
             None if gates is None else gates.view(n, m, -1),
-            None if again is None else again.view(n, m).sum(1),
         )
 
     def shrink(self) -> None:
@@ -206,10 +250,10 @@ class Target:
         """Answer a query some of whose rows want a gradient: two groups, so that no gradient is wasted."""
         n = len(query.points)
         grad = torch.zeros_like(query.points)
-        merged: dict[str, Tensor | None] = dict.fromkeys(("values", "logits", "errors", "scores", "gates", "again"))
+        merged: dict[str, Tensor | None] = dict.fromkeys(("values", "logits", "errors", "scores", "gates"))
         for group, with_grad in ((wants, True), (~wants, False)):
             index = group.nonzero().squeeze(1)
-            answer = self.answer(replace(_rows(query, index, with_grad), points=query.points[index]), y[index])
+            answer = self._answered(replace(_rows(query, index, with_grad), points=query.points[index]), y[index])
             for key in merged:
                 part = getattr(answer, key)
                 if part is None:
@@ -224,8 +268,7 @@ class Target:
         assert merged["values"] is not None
         assert merged["logits"] is not None
         assert merged["errors"] is not None
-        rest = (merged[key] for key in ("scores", "gates", "again"))
-        return Answer(merged["values"], grad, merged["logits"], merged["errors"], *rest)
+        return Answer(merged["values"], grad, merged["logits"], merged["errors"], merged["scores"], merged["gates"])
 
     def _batch(
         self, query: Query, flat: Tensor, y: Tensor, rows: Tensor | None, cut: slice, grad: bool
@@ -253,13 +296,10 @@ class Target:
                     logits = self._cast(self.reader, x).logits
                 _add(totals, (None, logits, _errors(logits, labels)), count)
         found = [t / n if n > 1 and t is not None else t for t, n in zip(totals, draws, strict=True)]
-        again = None
-        if self.precision != "fp32":
-            again = self._look_again(found, part, x, labels)
         # Counted last: a batch that the memory does not hold is asked again.
         self.meter.forwards += query.forwards // query.points.shape[1] * count
         self.meter.backwards += count * query.draws * grad
-        return *found, again
+        return tuple(found)
 
     def _pass(self, query: Query, x: Tensor, y: Tensor, grad: bool) -> tuple[Tensor | None, ...]:
         """Return values, logits, errors, gradient, scores and gates of one pass: the surrogate's, if there is one."""
@@ -281,41 +321,20 @@ class Target:
             scores, gates = (None if t is None else t.detach() for t in (scores, gates))
         return value, logits, _errors(logits, y), gradient, scores, gates
 
-    def _look_again(self, found: list[Tensor | None], query: Query, x: Tensor, y: Tensor) -> Tensor:
-        """Put fp32's word in the place of what was seen of mistakes that count; return the forwards it took, (count,).
-
-        Under a surrogate that is only what is the model's own, logits and errors. Gradients stay as they are.
-        """
-        errors = found[2]
-        assert errors is not None
-        doubt = errors > 0 if query.counts is None else (errors > 0) & query.counts[: len(errors)]
-        rows = doubt.nonzero().squeeze(1)
-        if len(rows):
-            index = torch.cat((rows, rows[-1:].expand(padded(len(rows), self.step) - len(rows))))
-            asked = _rows(Query(query.points) if query.surrogate else query, index, False)
-            with self.in_fp32():
-                seen = self._pass(asked, x.index_select(0, index), y.index_select(0, index), False)
-            for k in (1, 2) if query.surrogate else (0, 1, 2, 4, 5):
-                before, now = found[k], seen[k]
-                if before is not None and now is not None:
-                    found[k] = before.index_copy(0, rows, now[: len(rows)])
-            self.meter.forwards += len(rows)
-        return doubt.to(torch.int64)
-
     def bare(self, x: Tensor) -> Tensor:
         """Return logits (N, K) of images (N, C, H, W) by the model's pass with nothing around it: not counted."""
-        return self._cast(self.compiled or self.reader, x).logits
+        return self._cast(self.graphs.at_once if self.graphs else self.compiled or self.reader, x).logits
 
     def _read(self, x: Tensor, query: Query) -> Reading:
         source = query.surrogate.source if query.surrogate else ""
         if source:
             return Reading(self.sources[source](x), {}, {})
-        return self._cast(self.reader if query.surrogate else self.compiled or self.reader, x)
+        return self._cast(self.reader if query.surrogate else self.graphs or self.compiled or self.reader, x)
 
     def _cast(self, read: Callable[[Tensor], Reading], x: Tensor) -> Reading:
         if self.precision == "fp32":
             return read(x)
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):  # a recorded pass casts for itself
             seen = read(x)
         heads, gates = ({k: v.float() for k, v in part.items()} for part in (seen.heads, seen.gates))
         return Reading(seen.logits.float(), heads, gates)

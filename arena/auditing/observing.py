@@ -48,6 +48,7 @@ class Observed:
 
     def tell(self, state: State, answer: Answer) -> State:
         """Note which of them are mistakes."""
+        new = self.attack.tell(state, answer)  # before anybody waits for a GPU
         told, seen = state[TOLD] + 1, state[SEEN]
         found = answer.errors >= SURE
         if self.every > 1:
@@ -59,7 +60,7 @@ class Observed:
             box = ((point >= 0) & (point <= 1)).flatten(1).all(1)
             inside = self.threat.inside(state["x"][rows], point) & box & clear
             seen = seen.index_fill(0, rows[inside], True)
-        return {**self.attack.tell(state, answer), SEEN: seen, TOLD: told}
+        return {**new, SEEN: seen, TOLD: told}
 
     def passes(self) -> tuple[int, int]:
         """Return the most (forwards, backwards) one row can cost."""

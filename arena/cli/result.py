@@ -361,6 +361,7 @@ def _passes(record: Record) -> str:
     words += ["channels last"] if search.get("channels_last") else []
     words += ["bf16"] if search.get("precision") == "bf16" else []
     words += ["compiled"] if search.get("compiled") else []
+    words += ["recorded"] if search.get("recorded") else []
     words += [f"{search['again']} mistakes looked at once more in fp32"] if search.get("again") else []
     words += [str(search["note"])] if search.get("note") else []
     return ", ".join(words)

@@ -26,6 +26,7 @@ from arena.journal import packed, unpacked
 from arena.question import Running
 from arena.results import device_name
 from arena.search import Search
+from arena.tf32 import without_tf32
 from arena.workers.messages import Done, Job, Kept, Order, Ready, Refused, Stop, Told, arrays, tensors, versions
 
 Say = Callable[[Any], None]
@@ -133,6 +134,7 @@ class Desk:
     def _say(self, message: Any) -> None:
         self._send(pickle.dumps(message))
 
+    @without_tf32()
     def serve(self) -> None:
         """Begin, and work for ever."""
         try:

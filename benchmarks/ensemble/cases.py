@@ -128,7 +128,14 @@ class Subject:
 
 
 def subject(
-    case: Case, seed: int, n: int, cifar: Path | None, registry: Registry, watch: Watch, train: bool = True
+    case: Case,
+    seed: int,
+    n: int,
+    cifar: Path | None,
+    registry: Registry,
+    watch: Watch,
+    train: bool = True,
+    device: str = "cpu",
 ) -> Subject:
     """Plan a case and open its pictures; nothing is trained before ``obtain`` is called.
 
@@ -140,6 +147,7 @@ def subject(
         registry: where the defense is found.
         watch: told of a training.
         train: a model that is not in the cache is trained; else it is an error.
+        device: to train on.
 
     Raises:
         ArenaError: no file for the CIFAR-10 case.
@@ -168,7 +176,7 @@ def subject(
         if not made:
             if train and not planned.cached():
                 watch.say(f"training {case.name}, train seed {seed}")
-            made.append(scaled(planned.obtain(train=train, retrain=False, device="cpu", watch=watch), case.scale))
+            made.append(scaled(planned.obtain(train=train, retrain=False, device=device, watch=watch), case.scale))
         return made[0]
 
     return Subject(case, seed, planned, images, threat, images.subset(min(n, len(images.y_test))), obtain)

@@ -78,7 +78,7 @@ def play(
     running = replace(style.running(), batch_size=batch_size)
     with tempfile.TemporaryDirectory() as folder, on_threads(threads):
         match = Playing(arranged, running, registry, contender, Journal(Path(folder)), watch or Silent())
-        few = small("cpu", contender.parameters, subject.images.shape)
+        few = small(style.device, contender.parameters, subject.images.shape)
         cpu = time.process_time()
         with engaged(running) as staff, one_thread(few):
             record, outcomes = match.run(staff)

@@ -15,6 +15,7 @@ class Style:
     compile: bool = False
     devices: tuple[str, ...] = ()
     """Share the points."""
+    device: str = "cpu"
 
     def way(self, entry: str) -> str:
         """Name an entry played so; ``Style()`` adds nothing."""
@@ -27,4 +28,6 @@ class Style:
     def running(self, shared: bool = True) -> Running:
         """Return how a match is to be run; unless ``shared``, by one process."""
         devices = self.devices if shared else ()
-        return Running(device="cpu", precision=self.precision, compile=self.compile, audit="none", devices=devices)
+        return Running(
+            device=self.device, precision=self.precision, compile=self.compile, audit="none", devices=devices
+        )

@@ -1,0 +1,111 @@
+"""The search copy's passes as CUDA graphs: a pass is one launch, not one for each of its few hundred operations.
+
+What a graph replays are the operations that were recorded, so it shows what the pass that it was made of shows. A size
+of batch is recorded once it has come often enough to be worth it; what cannot be recorded stays as it is, and the
+record says why. Never recorded are the passes of a surrogate, second looks in fp32, wrapped libraries, random models,
+the guard, the audit and the referee.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from arena.cheaper import in_a_line
+from arena.check import PROBE
+from arena.compiling import differ, looks, uncounted
+from arena.surface import Reading
+from arena.target import Target
+
+#: A pass is recorded when it has been made so often: then what replays would have saved is about what recording takes.
+#: (On an H100 about 50 ms; a replay saves 1 to 2 ms of a ResNet-18's pass of 64 rows.)
+OFTEN = 32
+#: Passes that are kept recorded; those that have not been made for longest make room.
+KEPT = 64
+
+
+class Graphs:
+    """Reads a model as the reader that it is given does, by recorded passes where a size of batch comes again."""
+
+    def __init__(self, read: Callable[[Tensor], Reading]) -> None:
+        def parts(x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+            seen = read(x)
+            return seen.logits, seen.heads, seen.gates
+
+        self._read, self._parts = read, parts
+        self._seen: Counter[tuple[int, bool]] = Counter()
+        self._made: OrderedDict[tuple[int, bool], Callable[[Tensor], Any]] = OrderedDict()
+        self._pool: Any = None
+        self.often = OFTEN
+        self.given_up = ""
+        """Why no pass is recorded any more; empty while they are."""
+
+    def __call__(self, x: Tensor) -> Reading:
+        """Read images (N, C, H, W); from call to call only N may change."""
+        return self._pass(x, self.often)
+
+    def at_once(self, x: Tensor) -> Reading:
+        """Read images, and record the pass if it is not yet recorded."""
+        return self._pass(x, 1)
+
+    def _pass(self, x: Tensor, often: int) -> Reading:
+        key = (len(x), x.requires_grad)
+        if key not in self._made and not self.given_up:
+            self._seen[key] += 1
+            if self._seen[key] >= often:
+                self._record(key, x)
+        made = self._made.get(key)
+        if made is None:
+            return self._read(x)
+        self._made.move_to_end(key)
+        if x.requires_grad:
+            x = x.view_as(x)
+            x.register_hook(torch.clone)  # what is replayed is written where the last one was
+        return Reading(*tree_map(torch.clone, made(x)))
+
+    def _record(self, key: tuple[int, bool], x: Tensor) -> None:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        sample = x.detach().clone().requires_grad_(x.requires_grad)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of autograd, about the stream on which passes are tried before
+                self._made[key] = torch.cuda.make_graphed_callables(
+                    self._parts, (sample,), allow_unused_input=True, pool=self._pool
+                )
+        except Exception as e:  # code that looks at its numbers, or a full memory: then passes go on as they were
+            self.given_up = in_a_line(e)
+            self._made.clear()
+        while len(self._made) > KEPT:
+            self._made.popitem(last=False)
+
+
+def recordable(target: Target) -> bool:
+    """Tell whether passes can be recorded: on a GPU, and where they draw nothing."""
+    return torch.device(target.device).type == "cuda" and not target.surface.random
+
+
+def record_passes(target: Target, x: Tensor) -> str:
+    """Let a target's passes be recorded; return why they are not, empty if they are.
+
+    Args:
+        target: whose passes; ``graphs`` is set.
+        x: clean images (N, C, H, W), of which ``PROBE`` are compared on.
+    """
+    with uncounted(target):
+        try:
+            plain = looks(target, x, PROBE)
+            target.graphs = made = Graphs(target.compiled or target.reader)
+            made.often = 1
+            why = differ(plain, looks(target, x, PROBE), target.precision, "recorded") or made.given_up
+            made.often = OFTEN
+        except Exception as e:  # foreign code may mind
+            why = in_a_line(e)
+    if why:
+        target.graphs = None
+    return why

@@ -1,0 +1,62 @@
+"""Matches on a pretended GPU: tensors that were sent there meet no others, and all is found that is found on a CPU."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "packages" / "cheats"))
+from asking import GO, ask
+from pretended_gpu import OnGpu, pretended_gpu
+
+
+def same(record, other):
+    """Compare what must not depend on the device."""
+    for one, two in zip(record["attacks"], other["attacks"], strict=True):
+        for key in ("name", "status", "error", "attempted", "broken", "forwards", "backwards"):
+            assert one[key] == two[key], (one["name"], key)
+    assert record["worst_case"] == other["worst_case"]
+    assert record["audit"]["verdict"] == other["audit"]["verdict"]
+    assert record["diagnosis"] == other["diagnosis"]
+
+
+def test_the_pretended_gpu_is_as_strict_as_one():
+    with pretended_gpu():
+        there, here = torch.arange(4.0, device="cuda"), torch.arange(4.0)
+        assert there.is_cuda
+        assert there.device.type == (there + 1).device.type == there[1:].device.type == "cuda"
+        assert not here.is_cuda
+        assert not there.cpu().is_cuda
+        assert isinstance(here.to("cuda"), OnGpu)
+        assert there[here.long()].is_cuda  # indices may lie on the CPU
+        for wrong in (
+            lambda: there + here,
+            lambda: torch.cat((there, here)),
+            lambda: torch.equal(there, here),
+            lambda: there.where(there > 1, here),
+            lambda: here[there.long()],
+            lambda: there.index_fill(0, here.long(), 1.0),
+            lambda: there.__setitem__(slice(None), here),
+            lambda: here.__setitem__(slice(None), there),
+        ):
+            with pytest.raises(RuntimeError, match="same device"):
+                wrong()
+        with pytest.raises(TypeError, match="to numpy"):
+            there.numpy()
+    assert not torch.zeros(1).is_cuda
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_match_on_a_gpu_is_the_cpu_s(registry, precision):
+    vs, how = ("pgd", "quick", "apgd_t(steps=10)", "rays(queries=20)"), replace(GO, audit="normal", precision=precision)
+    found = ask(registry, vs=vs, running=how, eps="0.1").record
+    assert found["attacks"][0]["broken"]
+    with pretended_gpu():
+        there = ask(registry, vs=vs, running=replace(how, device="cuda", replay=True), eps="0.1").record
+    assert there["provenance"]["device"] == "a pretended GPU"
+    same(found, there)
