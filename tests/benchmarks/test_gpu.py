@@ -57,6 +57,13 @@ def test_what_is_measured_is_kept_and_told(script, pictures, tmp_path, monkeypat
     assert capsys.readouterr().out == told * 2
 
 
+def test_the_pages_that_are_kept_are_of_what_was_measured(script):
+    kept = sorted((SCRIPT.parent / "results").glob("*.json"))
+    assert kept
+    for path in kept:
+        assert path.with_suffix(".md").read_text() == script.page(json.loads(path.read_text())) + "\n"
+
+
 def test_a_net_that_is_not_there_is_named(script, capsys):
     assert script.main(["--cifar", "x.npz", "--nets", "resnet8"]) == 2
     assert capsys.readouterr().err == "unknown --nets 'resnet8'; did you mean 'resnet18'?\n"
