@@ -193,7 +193,7 @@ class IteratedAttack(Protocol):
         ...
 
     def tell(self, state: State, answer: Answer) -> State:
-        """Digest the answer."""
+        """Digest the answer; where a GPU searches in bf16, once more if the first answer was not yet the last word."""
         ...
 
     def passes(self) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from arena.arrangement import Arrangement
+from arena.batches import padded
 from arena.check import PROBE
 from arena.compiling import unfit
 from arena.contender import Contender
@@ -21,7 +22,6 @@ from arena.plugins import Registry
 from arena.points import SHARD, Points, Pool, Shard, shards
 from arena.question import Running
 from arena.search import Search
-from arena.target import padded
 from arena.watch import Watch
 from arena.workers.crew import Crew
 from arena.workers.messages import Order

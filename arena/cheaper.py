@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arena.attack import Query
+from arena.batches import PAD, pad
 from arena.check import PROBE
 from arena.comparing import apart, differences, modes
 from arena.folding import fold
 from arena.surface import Reader, Surface
-from arena.target import PAD, Target, pad
+from arena.target import Target
 from arena.threads import SMALL_IMAGE
 
 #: Folding may move a score by this share of the scores' spread, a gate by as much of one: half of what the referee

@@ -11,13 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from arena.batches import pad
 from arena.datasets import SPLIT_SEED
 from arena.errors import ArenaError
 from arena.objectives import best_other
 from arena.referee import exact
 from arena.specs import Indicator
 from arena.surface import Reader, Surface, selects, submodule
-from arena.target import pad
 from arena.unread import Finding, unread
 
 #: Images of the probe.

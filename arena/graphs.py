@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from arena.cheaper import in_a_line
 from arena.check import PROBE
-from arena.compiling import differ, looks, uncounted
+from arena.looking import differ, looks, uncounted
 from arena.surface import Reading
 from arena.target import Target
 
@@ -53,6 +53,11 @@ class Graphs:
     def at_once(self, x: Tensor) -> Reading:
         """Read images, and record the pass if it is not yet recorded."""
         return self._pass(x, 1)
+
+    def forget(self) -> None:
+        """Give back the memory of all recorded passes."""
+        self._made.clear()
+        self._seen.clear()
 
     def _pass(self, x: Tensor, often: int) -> Reading:
         key = (len(x), x.requires_grad)

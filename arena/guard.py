@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from arena.batches import PAD
 from arena.check import PROBE, came_again, changed_parts, drift, state_hash
-from arena.target import PAD, Target
+from arena.target import Target
 
 
 class Guard:

@@ -18,8 +18,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from arena.batches import STEP, out_of_memory, padded
 from arena.contender import seeded
-from arena.target import DEFAULT_BATCH, STEP, Target, out_of_memory, padded
+from arena.target import DEFAULT_BATCH, Target
 
 #: Batch sizes that are tried, in this order; before them one of ``STEP`` rows, which says what they will take.
 SIZES = (32, 64, 128, 256, 512, 1024)

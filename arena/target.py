@@ -1,10 +1,6 @@
 """The handle through which attacks see a defense: queries in, answers out, every pass counted.
 
-The target works on its own copy of the model, the search copy; the referee has another. Rows are evaluated in physical
-batches of at least 16, padded to a multiple of 8, because smaller and odd batches take other code paths in the linear
-algebra libraries and give other last bits (measured on CPUs, fp32: batches of 1, 2, 7 and 9 differ, on an Intel Xeon
-with MKL also a batch of 8 in a linear layer of 256 inputs; multiples of 8 from 16 on do not, but for one sigmoid a row:
-with AVX-512 that needs multiples of 32).
+The target works on its own copy of the model, the search copy; the referee has another.
 """
 
 from __future__ import annotations
@@ -19,15 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arena.attack import Answer, GateTerm, Query
+from arena.batches import GATED_STEP, PAD, STEP, out_of_memory, pad, padded, piece
+from arena.counted import CountedModule, plainly
 from arena.heap import keep_freed_memory
 from arena.objectives import objective
 from arena.surface import Reader, Reading, Surface, selects
 from arena.surrogate import posing
 
-#: Fewest rows of a physical batch, and what its size is a multiple of.
-PAD, STEP = 16, 8
-#: And of a model with gates: one sigmoid a row comes out with other last bits where it fills no vectors of the CPU.
-GATED_STEP = 32
 DEFAULT_BATCH = 256
 LIVE = 256
 
@@ -42,27 +36,6 @@ class Meter:
     """Rows of gradient calls."""
 
 
-def padded(rows: int, step: int = STEP) -> int:
-    """Return the physical size of a batch of ``rows``: the next multiple of ``step``, at least 16."""
-    return max(PAD, -(-rows // step) * step)
-
-
-def piece(rows: int, most: int, step: int = STEP) -> int:
-    """Return how many of so many rows the next batch takes.
-
-    Batches are of about the same size, because a row of a small one costs more; none but the last needs padding.
-    """
-    batches = -(-rows // most)
-    even, needed = rows // batches // step * step, padded(rows - (batches - 1) * most, step)
-    return min(max(even, needed), rows)
-
-
-def pad(x: Tensor) -> Tensor:
-    """Repeat the last row until the batch has a physical size."""
-    missing = padded(x.shape[0]) - x.shape[0]
-    return torch.cat((x, x[-1:].expand(missing, *x.shape[1:]))) if missing else x
-
-
 class Compilation(Protocol):
     """A model's pass in compiled code."""
 
@@ -75,6 +48,8 @@ class Recording(Compilation, Protocol):
     """A model's passes, recorded."""
 
     def at_once(self, x: Tensor, /) -> Reading: ...
+
+    def forget(self) -> None: ...
 
 
 @dataclass
@@ -151,7 +126,7 @@ class Target:
         self.module.note(x)
         count = len(x)
         self.meter.forwards += count
-        seen = _plainly(x)
+        seen = plainly(x)
         if seen.requires_grad:
             seen.register_hook(lambda _grad: self._counted(count))
         reading = self.reader(pad(seen))
@@ -243,6 +218,8 @@ class Target:
     def shrink(self) -> None:
         """Halve the batch size, because the device's memory is full; outcomes do not depend on it."""
         self.batch_size = padded(self.batch_size // 2)
+        if self.graphs is not None:
+            self.graphs.forget()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -340,24 +317,6 @@ class Target:
         return Reading(seen.logits.float(), heads, gates)
 
 
-def _plainly(x: Tensor) -> Tensor:
-    """Return images (N, C, H, W) in fp32 whose gradient will be contiguous.
-
-    That of a channels-last model is not, and code that was not written for one takes views of it.
-    """
-    seen = x.float().view_as(x)
-    if seen.requires_grad:
-        seen.register_hook(lambda grad: grad.contiguous())
-    return seen
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Tell whether a pass failed for want of memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # the CPU allocator's words
-
-
 def _errors(logits: Tensor, y: Tensor) -> Tensor:
     """Return 1 where the referee would say wrong: another class, or logits that are not finite."""
     finite = logits.abs().amax(1) < torch.inf  # a maximum over anything that is no number is none either
@@ -426,42 +385,3 @@ def _joined(parts: list[Tensor | None]) -> Tensor | None:
     if not found:
         return None
     return found[0] if len(found) == 1 else torch.cat(found)
-
-
-class CountedModule(nn.Module):
-    """The search copy as a plain module, for wrapped libraries: counts rows and notices whether any query left x.
-
-    The model is deliberately not registered as a submodule: ``parameters()`` is empty, so a library's optimizer or
-    ``train()`` call does not reach it.
-    """
-
-    def __init__(self, target: Target) -> None:
-        super().__init__()
-        object.__setattr__(self, "_target", target)
-        self.moved = False
-        self._clean: set[bytes] = set()
-        self.eval()
-
-    def expect(self, x: Tensor) -> None:
-        """Forget earlier queries; ``x`` (N, C, H, W) are the clean images."""
-        self.moved = False
-        self._clean = {row.tobytes() for row in x.detach().cpu().numpy()}
-
-    def note(self, x: Tensor) -> None:
-        """Note whether a query (N, C, H, W) differs from every clean image."""
-        if not self.moved:
-            self.moved = any(row.tobytes() not in self._clean for row in x.detach().float().cpu().numpy())
-
-    def forward(self, x: Tensor, *_: Any) -> Tensor:
-        target: Target = self._target  # type: ignore[assignment]
-        self.note(x)
-        count = x.shape[0]
-        target.meter.forwards += count
-        out: Tensor = target.model(pad(_plainly(x)))[:count]
-        if out.requires_grad:
-
-            def counted(_grad: Tensor) -> None:
-                target.meter.backwards += count
-
-            out.register_hook(counted)
-        return out

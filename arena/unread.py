@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from arena.batches import pad
 from arena.hidden import Finding, heads, reading, selections
 from arena.surface import Surface, selects, submodule
 from arena.surrogate import Surrogate, posing
-from arena.target import pad
 
 __all__ = ["Finding", "unread"]
 

@@ -30,6 +30,7 @@ from pairing import discordant
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from arena.batches import out_of_memory
 from arena.entries import split
 from arena.errors import ArenaError, unknown
 from arena.home import atomic_write
@@ -38,7 +39,6 @@ from arena.plugins import Registry, registry
 from arena.results import device_name, unpacked
 from arena.schedule import Schedule
 from arena.search import Search
-from arena.target import out_of_memory
 from arena.tf32 import without_tf32
 from arena.watch import Silent
 

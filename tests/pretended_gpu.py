@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 GPU = torch.device("cuda", 0)
 #: What may be given tensors of both places: these move or index.
-MAY_MIX = {"copy_", "to", "__getitem__", "set_data", "__set__", "type_as", "backward"}
+MAY_MIX = {"copy_", "to", "__getitem__", "__set__"}
 _numpy = {"numpy", "__array__", "__array_wrap__"}
 
 

@@ -14,11 +14,12 @@ from torch import nn
 from arena import engine
 from arena.attack import GateTerm, Query, Setup
 from arena.auditing.observing import Observed
+from arena.batches import pad, padded, piece
 from arena.engine import run_iterated, run_plain
 from arena.journal import Journal
 from arena.rng import Stream
 from arena.surface import Gate, Surface
-from arena.target import Target, pad, padded, piece
+from arena.target import Target
 from arena.threat import Threat
 
 THREAT = Threat.parse("Linf", "0.03")

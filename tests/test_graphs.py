@@ -144,6 +144,15 @@ def test_what_has_not_come_for_longest_makes_room(recorder, monkeypatch):
     assert recorder == [(16, False), (24, False), (32, False), (24, False)]
 
 
+def test_where_memory_is_full_recorded_passes_give_theirs_back(recorder):
+    made = target()
+    made.graphs = Graphs(made.reader)
+    made.bare(X[:32])
+    made.shrink()
+    made.bare(X[:32])
+    assert recorder == [(32, False), (32, False)]
+
+
 def test_surrogates_and_second_looks_are_not_recorded_ones(recorder):
     made = target()
     made.graphs = Graphs(made.reader)

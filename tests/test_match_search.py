@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from arena.counted import CountedModule
 from arena.match import play
 from arena.question import Question
-from arena.target import CountedModule
 from arena.watch import Silent
 
 sys.path.insert(0, str(Path(__file__).parent / "packages" / "cheats"))

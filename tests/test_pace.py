@@ -10,10 +10,11 @@ from torch import nn
 
 from arena import pace
 from arena.attack import Query
+from arena.batches import out_of_memory, padded, piece
 from arena.pace import SIZES, Pace, free_memory, measure, memory_of_a_row
 from arena.surface import Knob, Surface
 from arena.surrogate import Surrogate
-from arena.target import DEFAULT_BATCH, Target, out_of_memory, padded, piece
+from arena.target import DEFAULT_BATCH, Target
 
 
 class Small(nn.Module):

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from arena.auditing import thresholds as t
 from arena.auditing.probing import BLACK_BOX, Probe, finding
+from arena.batches import pad
 from arena.referee import exact
 from arena.specs import Indicator
-from arena.target import pad
 
 
 def hidden_randomness(probe: Probe) -> Indicator:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from arena.auditing import thresholds as t
 from arena.auditing.probing import Probe, direction
+from arena.batches import pad
 from arena.specs import Indicator
-from arena.target import pad
 
 #: Random points inside the ball that the readout calls 0.
 INNER = 96

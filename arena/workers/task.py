@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from arena.attack import State, Unsupported
+from arena.batches import PAD
 from arena.contender import Contender
 from arena.engine import Keeper, Outcome, Row
 from arena.journal import joined, packed, some, unpacked
 from arena.lineup import Planned
-from arena.target import PAD
 from arena.workers.messages import Done, Job, Kept, Told, arrays, tensors
 
 #: Workers that may be lost over one piece of work.
