@@ -171,7 +171,7 @@ def _attempt(
 
 def _bf16_differs(eager: nn.Module, model: nn.Module, surface: Surface, x: Tensor) -> str:
     """Return why a copy cannot search in bf16; empty if it can."""
-    target = Target(model, surface, 0, PROBE, precision="bf16")
+    target = Target(model, surface, 0, PROBE, device=x.device.type, precision="bf16")
     y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     weights = x.new_ones(len(x), 1 + len(surface.heads))
     try:

@@ -27,8 +27,13 @@ class OnGpu(torch.Tensor):
     """A tensor on the pretended GPU."""
 
 
+def _was_sent(tensor: Any) -> bool:
+    """Tell whether a tensor is a module's that was sent to the GPU, or was made of such alone."""
+    return getattr(tensor, "_anywhere", False)
+
+
 def _anywhere(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter) or getattr(tensor, "_anywhere", False)
+    return isinstance(tensor, nn.Parameter) or _was_sent(tensor)
 
 
 def _place(value: Any) -> torch.device | None:
@@ -55,7 +60,7 @@ class _Pretending(TorchFunctionMode):
         name = getattr(function, "__name__", str(function))
         owner = getattr(getattr(function, "__self__", None), "__name__", "")  # of a property: the name is __get__
         first = args[0] if args else None
-        if name == "__get__" and isinstance(first, OnGpu) and owner in ("device", "is_cuda"):
+        if name == "__get__" and owner in ("device", "is_cuda") and (isinstance(first, OnGpu) or _was_sent(first)):
             return GPU if owner == "device" else True
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         on_gpu = any(isinstance(t, OnGpu) for t in tensors)

@@ -9,10 +9,49 @@ from pathlib import Path
 import pytest
 import torch
 
+from arena.match import play
+from arena.question import Question
+from arena.watch import Silent
+
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "packages" / "cheats"))
 from asking import GO, ask
 from pretended_gpu import OnGpu, pretended_gpu
+
+#: A model with a head, a choice and a gate.
+MASKED = """
+import torch
+from arena.selection import Select
+from arena_cheats import Base, class_means
+
+
+class Masked(Base):
+    def __init__(self):
+        super().__init__()
+        self.head, self.select = Base(), Select()
+        self.masks = torch.nn.Parameter(1 + class_means() / 4)
+        self.gate = torch.nn.Sequential(torch.nn.Linear(64, 1), torch.nn.Sigmoid(), torch.nn.Flatten(0))
+        torch.nn.init.normal_(self.gate[0].weight, generator=torch.Generator().manual_seed(0))
+        torch.nn.init.zeros_(self.gate[0].bias)
+
+    def forward(self, x):
+        flat = x.flatten(1)
+        mask = self.select(self.head(x), self.masks)
+        return self.scores(flat * mask * (0.9 + 0.1 * self.gate(flat).view(-1, 1)))
+
+
+def factory():
+    return Masked()
+"""
+SURFACE = """
+[heads.h]
+path = "head"
+[selections.s]
+path = "select"
+scores = "h"
+[gates.g]
+path = "gate"
+"""
 
 
 def same(record, other):
@@ -23,6 +62,8 @@ def same(record, other):
     assert record["worst_case"] == other["worst_case"]
     assert record["audit"]["verdict"] == other["audit"]["verdict"]
     assert record["diagnosis"] == other["diagnosis"]
+    for key in ("folded", "precision", "again"):
+        assert record["provenance"]["search"][key] == other["provenance"]["search"][key], key
 
 
 def test_the_pretended_gpu_is_as_strict_as_one():
@@ -60,3 +101,20 @@ def test_a_match_on_a_gpu_is_the_cpu_s(registry, precision):
         there = ask(registry, vs=vs, running=replace(how, device="cuda", replay=True), eps="0.1").record
     assert there["provenance"]["device"] == "a pretended GPU"
     same(found, there)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_a_surface_declares_is_attacked_on_a_gpu_as_on_a_cpu(registry, tmp_path, precision):
+    (tmp_path / "masked.py").write_text(MASKED)
+    (tmp_path / "surface.toml").write_text(SURFACE)
+    vs = (
+        "joint_t(steps=5,targets=2)", "relaxed(steps=5)", "forced(steps=3,targets=2)", "gate_held(steps=4)",
+        "gate_pgd(steps=4)", "lambda_pgd(steps=4)", "steer(steps=4,targets=2)",
+    )  # fmt: skip
+    asked = Question(f"{tmp_path / 'masked.py'}:factory", vs, n=16, eps="0.1", surface=tmp_path / "surface.toml")
+    how = replace(GO, audit="normal", precision=precision)
+    found = play(asked, how, registry, Silent()).record
+    assert {r["status"] for r in found["attacks"]} == {"ok"}
+    assert any(r["broken"] for r in found["attacks"])
+    with pretended_gpu():
+        same(found, play(asked, replace(how, device="cuda", replay=True), registry, Silent()).record)
