@@ -181,10 +181,10 @@ class Target:
         n, m = query.points.shape[:2]
         wants = query.grad
         if isinstance(wants, Tensor) and query.climbs:
-            some, every = bool(wants.any()), bool(wants.all())
-            if some and not every:
+            many = int(wants.sum())
+            if 0 < many < n:
                 return self._mixed(query, y, wants)
-            wants = some
+            wants = many > 0
         rows = torch.arange(n, device=y.device).repeat_interleave(m) if m > 1 else None
         flat = query.points.flatten(0, 1)
         parts, start, total = [], 0, n * m

@@ -156,7 +156,7 @@ class Apgd:
             "step": step + 1,
         }
         ended = self._ended(state)
-        if ended.any() or broken.any():
+        if (ended | broken).any():
             self._close(new, point, broken, ended)
         return new
 

@@ -53,8 +53,8 @@ class Observed:
         found = answer.errors >= SURE
         if self.every > 1:
             found &= (told % self.every == 0).unsqueeze(1)
-        rows, which = found.nonzero(as_tuple=True)
-        if len(rows) and self._points is not None:
+        if self._points is not None and bool(found.any()):
+            rows, which = found.nonzero(as_tuple=True)
             y, logits, point = state["y"], answer.logits[rows, which], self._points[rows, which]
             clear = ~(relative_margin(logits, y[rows]) >= -CLEARLY)  # or not finite
             box = ((point >= 0) & (point <= 1)).flatten(1).all(1)
