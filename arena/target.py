@@ -162,8 +162,9 @@ class Target:
         if doubt is None:
             return answer
         which = doubt.flatten().nonzero().squeeze(1)
-        fields: dict[str, Any] = {"doubt": None, "again": doubt.sum(1)}
+        fields: dict[str, Any] = {"doubt": None}
         if len(which):
+            fields["again"] = doubt.sum(1)
             rows = which // doubt.shape[1]
             asked = _rows(Query(query.points) if query.surrogate else query, rows, False)
             if asked.targets is not None:
