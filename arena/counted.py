@@ -1,15 +1,30 @@
-"""The search copy as a plain module, for libraries that are wrapped: what they ask of it is counted."""
+"""The meter, and the search copy as a plain module, for libraries that are wrapped: what they ask of it is counted."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from arena.batches import pad
 
-if TYPE_CHECKING:
-    from arena.target import Target
+
+@dataclass
+class Meter:
+    """Rows passed through the model; padding is not counted."""
+
+    forwards: int = 0
+    """Rows of forward passes."""
+    backwards: int = 0
+    """Rows of gradient calls."""
+
+
+class Queried(Protocol):
+    """What is asked and keeps count (``arena.target.Target``)."""
+
+    model: nn.Module
+    meter: Meter
 
 
 def plainly(x: Tensor) -> Tensor:
@@ -30,7 +45,7 @@ class CountedModule(nn.Module):
     ``train()`` call does not reach it.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Queried) -> None:
         super().__init__()
         object.__setattr__(self, "_target", target)
         self.moved = False
@@ -48,7 +63,7 @@ class CountedModule(nn.Module):
             self.moved = any(row.tobytes() not in self._clean for row in x.detach().float().cpu().numpy())
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
-        target: Target = self._target  # type: ignore[assignment]
+        target: Queried = self._target  # type: ignore[assignment]
         self.note(x)
         count = x.shape[0]
         target.meter.forwards += count

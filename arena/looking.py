@@ -13,7 +13,8 @@ from arena.attack import Answer, GateTerm, Query
 from arena.cheaper import BF16_SHARE, BF16_TOLERANCE, GRADIENT_TOLERANCE, TOLERANCE
 from arena.check import PROBE
 from arena.comparing import apart
-from arena.target import Meter, Target
+from arena.counted import Meter
+from arena.target import Target
 
 #: In bf16 two roundings of one row's gradient may differ by this share of its length, on ``BF16_SHARE`` of the rows by
 #: more.

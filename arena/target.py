@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from arena.attack import Answer, GateTerm, Query
 from arena.batches import GATED_STEP, PAD, STEP, out_of_memory, pad, padded, piece
-from arena.counted import CountedModule, plainly
+from arena.counted import CountedModule, Meter, plainly
 from arena.heap import keep_freed_memory
 from arena.objectives import objective
 from arena.surface import Reader, Reading, Surface, selects
@@ -24,16 +24,6 @@ from arena.surrogate import posing
 
 DEFAULT_BATCH = 256
 LIVE = 256
-
-
-@dataclass
-class Meter:
-    """Rows passed through the model; padding is not counted."""
-
-    forwards: int = 0
-    """Rows of forward passes."""
-    backwards: int = 0
-    """Rows of gradient calls."""
 
 
 class Compilation(Protocol):

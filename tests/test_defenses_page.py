@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,16 +11,16 @@ import pytest
 from arena.leaderboard import Row, Standings
 from arena.plugins import registry
 
+sys.path.insert(0, str(Path(__file__).parent))
+from loading import as_module
+
 ROOT = Path(__file__).parent.parent
 NAMES = {r.name for r in registry().all("defense") if r.distribution == "adversarial-arena"}
 
 
 @pytest.fixture(scope="module")
 def maker():
-    spec = importlib.util.spec_from_file_location("make_defenses", ROOT / "docs" / "make_defenses.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return as_module(ROOT / "docs" / "make_defenses.py")
 
 
 def row(defense, worst=50.0, date="2026-01-01", backbone="cnn", train_seed=0, trained_against=""):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from loading import as_module
+
 PATH = Path(__file__).parents[2] / "benchmarks" / "adaptive.py"
 
 
 @pytest.fixture(scope="module")
 def adaptive():
-    sys.path.insert(0, str(PATH.parent))
-    spec = importlib.util.spec_from_file_location("adaptive_benchmark", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    sys.path.remove(str(PATH.parent))
-    return module
+    return as_module(PATH)
 
 
 def points(*broken: int) -> np.ndarray:

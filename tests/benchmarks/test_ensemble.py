@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
@@ -33,9 +32,11 @@ from arena.threat import Threat
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from ensemble import bare, cases, games, measuring, page, peers, plain
 from ensemble.cells import Cells
 from ensemble.peer import Counted
+from loading import as_module
 from made_up import SETTINGS, cell
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "ensemble.py"
@@ -44,11 +45,7 @@ K = 6
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("ensemble_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return as_module(SCRIPT)
 
 
 # -- the plain driver --------------------------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ from arena.surface import Gate, Head, Selection, Surface
 from arena.threat import Threat
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from findings import alignment, bench, judging, masks, oddities, page
+from loading import as_module
 
 K, SIDE = 4, 3
 
@@ -243,14 +245,7 @@ def judging_watch():
 
 @pytest.fixture(scope="module")
 def command():
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location(
-        "findings_command", Path(__file__).parents[2] / "benchmarks" / "findings.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return as_module(Path(__file__).parents[2] / "benchmarks" / "findings.py")
 
 
 def test_every_finding_is_whole(command):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -11,17 +10,15 @@ import torch
 
 from arena.plugins import registry
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from loading import as_module
+
 PATH = Path(__file__).parents[2] / "benchmarks" / "overheads.py"
 
 
 @pytest.fixture(scope="module")
 def overheads():
-    spec = importlib.util.spec_from_file_location("overheads", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["overheads"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["overheads"]
+    return as_module(PATH)
 
 
 def added(overheads, defense, backbone):
