@@ -168,7 +168,7 @@ class Answer:
     again: Tensor | None = None
     """(N,) forwards beyond the query's own, in fp32; None: none."""
     doubt: Tensor | None = None
-    """(N, m) bool, mistakes that count and that fp32 has yet to look at (``arena.engine``); None: none."""
+    """(N, m) bool, mistakes that count and that fp32 has yet to look at (``arena.engine``); None: it has."""
 
 
 class IteratedAttack(Protocol):

@@ -135,14 +135,6 @@ class Target:
         """
         return self.settled(query, y, self.guessed(query, y))
 
-    def guessed(self, query: Query, y: Tensor) -> Answer:
-        """Answer a query without looking at mistakes once more: the answer says in ``doubt`` which wait for that."""
-        found = self._answered(query, y)
-        if self.precision == "fp32":
-            return found
-        doubt = found.errors > 0
-        return replace(found, doubt=doubt if query.counts is None else doubt & query.counts.unsqueeze(1))
-
     def settled(self, query: Query, y: Tensor, answer: Answer) -> Answer:
         """Put fp32's word in the place of what was seen of mistakes that count, and say how many forwards it took.
 
@@ -152,23 +144,24 @@ class Target:
         if doubt is None:
             return answer
         which = doubt.flatten().nonzero().squeeze(1)
-        fields: dict[str, Any] = {"doubt": None}
-        if len(which):
-            fields["again"] = doubt.sum(1)
-            rows = which // doubt.shape[1]
-            asked = _rows(Query(query.points) if query.surrogate else query, rows, False)
-            if asked.targets is not None:
-                asked = replace(asked, target=asked.targets.gather(1, (which % doubt.shape[1]).unsqueeze(1)).squeeze(1))
-            points = query.points.flatten(0, 1).index_select(0, which).unsqueeze(1)
-            with self.in_fp32():
-                seen = self.answer(replace(asked, points=points, targets=None, draws=1), y.index_select(0, rows))
-            for key in ("logits", "errors") if query.surrogate else ("values", "logits", "errors", "scores", "gates"):
-                before, now = getattr(answer, key), getattr(seen, key)
-                if before is not None and now is not None:
-                    fields[key] = before.flatten(0, 1).index_copy(0, which, now.flatten(0, 1)).view_as(before)
+        if not len(which):
+            return answer
+        rows = which // doubt.shape[1]
+        asked = _rows(Query(query.points) if query.surrogate else query, rows, False)
+        if asked.targets is not None:
+            asked = replace(asked, target=asked.targets.gather(1, (which % doubt.shape[1]).unsqueeze(1)).squeeze(1))
+        points = query.points.flatten(0, 1).index_select(0, which).unsqueeze(1)
+        with self.in_fp32():
+            seen = self.answer(replace(asked, points=points, targets=None, draws=1), y.index_select(0, rows))
+        fields: dict[str, Any] = {"doubt": None, "again": doubt.sum(1)}
+        for key in ("logits", "errors") if query.surrogate else ("values", "logits", "errors", "scores", "gates"):
+            before, now = getattr(answer, key), getattr(seen, key)
+            if before is not None and now is not None:
+                fields[key] = before.flatten(0, 1).index_copy(0, which, now.flatten(0, 1)).view_as(before)
         return replace(answer, **fields)
 
-    def _answered(self, query: Query, y: Tensor) -> Answer:
+    def guessed(self, query: Query, y: Tensor) -> Answer:
+        """Answer a query without looking at mistakes once more: the answer says in ``doubt`` which wait for that."""
         n, m = query.points.shape[:2]
         wants = query.grad
         if isinstance(wants, Tensor) and query.climbs:
@@ -197,14 +190,22 @@ class Target:
         assert values is not None
         assert logits is not None
         assert errors is not None
+        errors = errors.view(n, m)
         return Answer(
             values.view(n, m),
             None if grads is None else grads.view_as(query.points),
             logits.view(n, m, -1),
-            errors.view(n, m),
+            errors,
             None if scores is None else scores.view(n, m, *scores.shape[1:]),
             None if gates is None else gates.view(n, m, -1),
+            doubt=self._doubt(errors, query),
         )
+
+    def _doubt(self, errors: Tensor, query: Query) -> Tensor | None:
+        if self.precision == "fp32":
+            return None
+        doubt = errors > 0
+        return doubt if query.counts is None else doubt & query.counts.unsqueeze(1)
 
     def shrink(self) -> None:
         """Halve the batch size, because the device's memory is full; outcomes do not depend on it."""
@@ -221,7 +222,7 @@ class Target:
         merged: dict[str, Tensor | None] = dict.fromkeys(("values", "logits", "errors", "scores", "gates"))
         for group, with_grad in ((wants, True), (~wants, False)):
             index = group.nonzero().squeeze(1)
-            answer = self._answered(replace(_rows(query, index, with_grad), points=query.points[index]), y[index])
+            answer = self.guessed(replace(_rows(query, index, with_grad), points=query.points[index]), y[index])
             for key in merged:
                 part = getattr(answer, key)
                 if part is None:
@@ -233,10 +234,11 @@ class Target:
                 merged[key] = whole
             if answer.grad is not None:
                 grad[index] = answer.grad
-        assert merged["values"] is not None
-        assert merged["logits"] is not None
-        assert merged["errors"] is not None
-        return Answer(merged["values"], grad, merged["logits"], merged["errors"], merged["scores"], merged["gates"])
+        values, logits, errors, scores, gates = merged.values()
+        assert values is not None
+        assert logits is not None
+        assert errors is not None
+        return Answer(values, grad, logits, errors, scores, gates, doubt=self._doubt(errors, query))
 
     def _batch(
         self, query: Query, flat: Tensor, y: Tensor, rows: Tensor | None, cut: slice, grad: bool
