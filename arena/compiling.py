@@ -34,8 +34,7 @@ class Compiled:
 
     def __init__(self, reader: Reader) -> None:
         def read(x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-            seen = reader(x)
-            return seen.logits, seen.heads, seen.gates
+            return reader(x).parts()
 
         self._eager = reader
         self.given_up = ""
@@ -83,7 +82,7 @@ def compile_passes(target: Target, x: Tensor) -> str:
         try:
             eager = looks(target, x, PROBE)
             target.compiled = Compiled(target.reader)
-            why = differ(eager, looks(target, x, PROBE), target.precision) or uneven(target, x, SIZES)
+            why = differ(eager, looks(target, x, PROBE), target.precision, "compiled") or uneven(target, x, SIZES)
             why = why or target.compiled.given_up
         except Exception as e:  # a compiler that is missing, or code that it does not take: then it is left alone
             why = in_a_line(e)

@@ -63,7 +63,7 @@ class CountedModule(nn.Module):
             self.moved = any(row.tobytes() not in self._clean for row in x.detach().float().cpu().numpy())
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
-        target: Queried = self._target  # type: ignore[assignment]
+        target: Queried = self._target  # type: ignore[assignment] # mypy takes a module's attributes for its parts
         self.note(x)
         count = x.shape[0]
         target.meter.forwards += count

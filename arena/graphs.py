@@ -1,9 +1,9 @@
 """The search copy's passes as CUDA graphs: a pass is one launch, not one for each of its few hundred operations.
 
-What a graph replays are the operations that were recorded, so it shows what the pass that it was made of shows. A size
-of batch is recorded once it has come often enough to be worth it; what cannot be recorded stays as it is, and the
-record says why. Never recorded are the passes of a surrogate, second looks in fp32, wrapped libraries, random models,
-the guard, the audit and the referee.
+A replay is proven on the first images against the pass that it was made of, as compiled passes are: on an H100 the two
+were seen to differ in last bits. A size of batch is recorded once it has come often enough to be worth it; what cannot
+be recorded stays as it is, and the record says why. Never recorded are the passes of a surrogate, second looks in fp32,
+wrapped libraries, random models, the guard, the audit and the referee.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from arena.surface import Reading
 from arena.target import Target
 
 #: A pass is recorded when it has been made so often: then what replays would have saved is about what recording takes.
-#: (On an H100 about 50 ms; a replay saves 1 to 2 ms of a ResNet-18's pass of 64 rows.)
+#: (Seen once on an H100, bf16: about 50 ms; a replay saves 1 to 2 ms of a ResNet-18's pass of 64 rows.)
 OFTEN = 32
 #: Passes that are kept recorded; those that have not been made for longest make room.
 KEPT = 64
@@ -34,15 +34,12 @@ class Graphs:
     """Reads a model as the reader that it is given does, by recorded passes where a size of batch comes again."""
 
     def __init__(self, read: Callable[[Tensor], Reading]) -> None:
-        def parts(x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-            seen = read(x)
-            return seen.logits, seen.heads, seen.gates
-
-        self._read, self._parts = read, parts
+        self._read = read
         self._seen: Counter[tuple[int, bool]] = Counter()
         self._made: OrderedDict[tuple[int, bool], Callable[[Tensor], Any]] = OrderedDict()
         self._pool: Any = None
         self.often = OFTEN
+        """Passes of a size after which it is recorded."""
         self.given_up = ""
         """Why no pass is recorded any more; empty while they are."""
 
@@ -81,7 +78,7 @@ class Graphs:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of autograd, about the stream on which passes are tried before
                 self._made[key] = torch.cuda.make_graphed_callables(
-                    self._parts, (sample,), allow_unused_input=True, pool=self._pool
+                    lambda x: self._read(x).parts(), (sample,), allow_unused_input=True, pool=self._pool
                 )
         except Exception as e:  # code that looks at its numbers, or a full memory: then passes go on as they were
             self.given_up = in_a_line(e)
@@ -109,7 +106,7 @@ def record_passes(target: Target, x: Tensor) -> str:
             made.often = 1
             why = differ(plain, looks(target, x, PROBE), target.precision, "recorded") or made.given_up
             made.often = OFTEN
-        except Exception as e:  # foreign code may mind
+        except Exception as e:  # foreign code may mind; then passes stay as they are, and the record says why
             why = in_a_line(e)
     if why:
         target.graphs = None

@@ -60,7 +60,7 @@ def looks(target: Target, x: Tensor, size: int) -> Looks:
         target.batch_size = before
 
 
-def differ(eager: Looks, made: Looks, precision: str, how: str = "compiled") -> str:
+def differ(eager: Looks, made: Looks, precision: str, how: str) -> str:
     """Return by what passes made ``how`` differ from eager ones, more than roundings do; empty if they do not."""
     exact = precision == "fp32"
     score, allowed = (TOLERANCE, 0.0) if exact else (BF16_TOLERANCE, BF16_SHARE)

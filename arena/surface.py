@@ -190,6 +190,10 @@ class Reading:
     gates: dict[str, Tensor]
     """Gate values by name."""
 
+    def parts(self) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Return what it is made of, for code that knows tensors and containers only."""
+        return self.logits, self.heads, self.gates
+
     def scores(self) -> Tensor:
         """Stack logits and heads: (N, 1 + G, K)."""
         return torch.stack((self.logits, *self.heads.values()), dim=1)

@@ -19,6 +19,7 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def net(backbone: str, epochs: int) -> Case:
     return Case(backbone, f"`sat` on `{backbone}`, {epochs} epochs", backbone=backbone, schedule=schedule, cifar=True)
 
 
-NETS = {case.name: case for case in (net("resnet18", 15), net("wrn34_10", 3))}
+NETS = {case.name: case for case in (net("resnet18", 6), net("wrn34_10", 2))}
 STYLES = {s.way("")[2:] or "fp32": s for s in (Style(), Style("bf16"), Style("bf16", compile=True))}
 
 
@@ -82,7 +83,7 @@ def card(device: str, size: int = 8192) -> dict[str, Any]:
     found: dict[str, Any] = {"name": device_name(device)}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-        found[name] = round(2 * size**3 / seconds(lambda a=a, b=b: a @ b, device) / 1e12, 1)  # type: ignore[misc]
+        found[name] = round(2 * size**3 / seconds(partial(torch.matmul, a, b), device) / 1e12, 1)
     return found
 
 
@@ -98,8 +99,8 @@ def ceiling(held: Subject, style: Style) -> dict[str, Any]:
     for size in SIZES:
         batch = x[torch.arange(size) % len(x)]
         try:
-            forward, both = (seconds(lambda: bare_pass(search.target, batch, grad), device) for grad in (False, True))  # noqa: B023
-        except Exception as error:
+            forward, both = (seconds(partial(bare_pass, search.target, batch, grad), device) for grad in (False, True))
+        except Exception as error:  # only a full memory is met here; all else goes on
             if not out_of_memory(error):
                 raise
             break
@@ -128,10 +129,10 @@ def measure(given: argparse.Namespace, found: dict[str, Any], keep: Callable[[],
         for way in given.ways:
             style = replace(STYLES[way], device=given.device)
             asked = {"net": case.says, "way": way}
-            add(found["ceilings"], asked, lambda: ceiling(held, style), keep)  # noqa: B023
+            add(found["ceilings"], asked, partial(ceiling, held, style), keep)
             for entry in given.vs:
                 asked = {**asked, "entry": entry, "n": given.n}
-                add(found["matches"], asked, lambda: match(held, entry, style, known), keep)  # noqa: B023
+                add(found["matches"], asked, partial(match, held, entry, style, known), keep)
 
 
 def add(

@@ -1,8 +1,8 @@
 """A GPU that is pretended: tensors that were sent there meet no others, as on a real one, and numpy does not take them.
 
 Their numbers lie on the CPU all the same, so that code for a GPU is played where there is none. Not pretended are
-speed, rounding, graphs, generators, and a model's own weights: once a module was sent there, its parameters
-and buffers, and what is made of these alone, are taken for being wherever they are needed.
+speed, rounding, graphs, generators, and a model's own weights: parameters, the buffers of a module that was sent there,
+and what is made of these alone, are taken for being wherever they are needed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 GPU = torch.device("cuda", 0)
 #: What may be given tensors of both places: these move or index.
 MAY_MIX = {"copy_", "to", "__getitem__", "__set__"}
-_numpy = {"numpy", "__array__", "__array_wrap__"}
+#: What a tensor has to leave the GPU for.
+TO_NUMPY = {"numpy", "__array__", "__array_wrap__"}
 
 
 class OnGpu(torch.Tensor):
@@ -64,7 +65,7 @@ class _Pretending(TorchFunctionMode):
             return GPU if owner == "device" else True
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         on_gpu = any(isinstance(t, OnGpu) for t in tensors)
-        if name in _numpy and isinstance(first, OnGpu):
+        if name in TO_NUMPY and isinstance(first, OnGpu):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
         wanted = None
         if name in ("to", "cuda", "cpu"):
@@ -88,7 +89,7 @@ class _Pretending(TorchFunctionMode):
         if not there and any(map(_anywhere, tensors)):
             for part in tree_leaves(made):
                 if isinstance(part, torch.Tensor):
-                    part._anywhere = True  # type: ignore[attr-defined]
+                    part._anywhere = True
         return made
 
     @staticmethod
@@ -112,7 +113,7 @@ def _module_to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     places = [p for p in (*map(_place, args), _place(kwargs.get("device"))) if p is not None]
     if places and places[0].type == "cuda":
         for part in (*self.parameters(), *self.buffers()):
-            part._anywhere = True  # type: ignore[attr-defined]
+            part._anywhere = True
         return self
     return _to(self, *args, **kwargs)
 

@@ -108,9 +108,14 @@ def test_what_a_surface_declares_is_attacked_on_a_gpu_as_on_a_cpu(registry, tmp_
     (tmp_path / "masked.py").write_text(MASKED)
     (tmp_path / "surface.toml").write_text(SURFACE)
     vs = (
-        "joint_t(steps=5,targets=2)", "relaxed(steps=5)", "forced(steps=3,targets=2)", "gate_held(steps=4)",
-        "gate_pgd(steps=4)", "lambda_pgd(steps=4)", "steer(steps=4,targets=2)",
-    )  # fmt: skip
+        "joint_t(steps=5,targets=2)",
+        "relaxed(steps=5)",
+        "forced(steps=3,targets=2)",
+        "gate_held(steps=4)",
+        "gate_pgd(steps=4)",
+        "lambda_pgd(steps=4)",
+        "steer(steps=4,targets=2)",
+    )
     asked = Question(f"{tmp_path / 'masked.py'}:factory", vs, n=16, eps="0.1", surface=tmp_path / "surface.toml")
     how = replace(GO, audit="normal", precision=precision)
     found = play(asked, how, registry, Silent()).record

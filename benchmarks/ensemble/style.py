@@ -16,6 +16,7 @@ class Style:
     devices: tuple[str, ...] = ()
     """Share the points."""
     device: str = "cpu"
+    """Not part of the way's name: what is compared was played on one."""
 
     def way(self, entry: str) -> str:
         """Name an entry played so; ``Style()`` adds nothing."""

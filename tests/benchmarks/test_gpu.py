@@ -48,7 +48,7 @@ def test_what_is_measured_is_kept_and_told(script, pictures, tmp_path, monkeypat
     assert f"| {share:.0%} | {first['seconds']:.1f} |" in told
     assert "`pgd(steps=2)`, bf16 | `pgd(steps=2)`, fp32 |" in told
 
-    monkeypatch.setattr(script, "match", None)  # nothing is measured twice
+    monkeypatch.setattr(script, "match", pytest.fail)  # nothing is measured twice
     assert script.main([*asked, "-o", str(kept)]) == 0
     assert script.main(["--page", str(kept)]) == 0
     assert capsys.readouterr().out == told * 2
