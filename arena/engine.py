@@ -173,6 +173,9 @@ def run_iterated(
     if state is not None:
         state = {k: v.to(x.device) for k, v in state.items()}
         state.setdefault(AGAIN, torch.zeros_like(state["index"]))  # a snapshot of before it was counted
+        if not _fits(state, attack, index[:1], x[:1], y[:1], clean[:1]):
+            state = None  # another version of the attack left it: its rows begin again
+    if state is not None:
         live = torch.tensor([i in place and i not in finished for i in state["index"].tolist()], dtype=torch.bool)
         state = _keep(state, live.to(x.device)) if bool(live.any()) else None
     most, told = bound(attack, draws), time.monotonic()
@@ -245,6 +248,15 @@ def _begin(attack: IteratedAttack, index: Tensor, x: Tensor, y: Tensor, clean: T
     made = attack.start(index, x, y, clean)
     passes = {key: zeros.clone() for key in (FORWARDS, BACKWARDS, AGAIN)}
     return {**made, "x": x, "y": y, "index": index, **passes}
+
+
+def _fits(state: State, attack: IteratedAttack, index: Tensor, x: Tensor, y: Tensor, clean: Tensor) -> bool:
+    """Tell whether rows of a snapshot hold what the attack's rows hold, by one row begun anew."""
+    try:
+        fresh = _begin(attack, index, x, y, clean)
+    except Exception:  # the attack's code: it is contained and named where it is at work
+        return False
+    return {k: v.shape[1:] for k, v in state.items()} == {k: v.shape[1:] for k, v in fresh.items()}
 
 
 def _width(attack: IteratedAttack, target: Target, index: Tensor, x: Tensor, y: Tensor, clean: Tensor) -> int:

@@ -13,14 +13,11 @@ from torch import Tensor
 
 from arena.attack import Answer, Query, Setup, State
 
+from .patches import BLOCK, Memory, Patches
 from .steps import lengths, rows, taken, wrong
 
 #: Queries after which the share of changed pixels halves; counted as they are, not rescaled to other budgets.
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-#: Proposals whose random numbers are drawn at once: drawing them one by one would cost more than a small model.
-BLOCK = 64
-#: Added to a pixel, or taken from it, before projection: further than any ball and any box reaches.
-BEYOND = 4
 
 
 def side(query: int, p_init: float, height: int, width: int, smallest: int = 1) -> int:
@@ -55,7 +52,12 @@ def _hill(height: int, width: int) -> Tensor:
 
 
 class Square:
-    """One start and ``queries`` proposals a restart, one forward each; a proposal that raises the margin is kept."""
+    """One start and ``queries`` proposals a restart; a proposal that raises the margin is kept.
+
+    A proposal costs a forward, unless its answer is known: where squares are so few that they come again (Linf), those
+    that change nothing, or that were refused and meet the same point, are passed over. That changes no outcome. A
+    random model is asked for all, since its answers differ.
+    """
 
     needs_clean = False
 
@@ -69,6 +71,11 @@ class Square:
         plan = [side(q, p_init, height, width, 3 if self.l2 else 1) for q in range(queries)]
         self.sides = torch.tensor(plan or [1])
         self.largest = max(plan or [1])
+        self.patches = Patches(setup.shape)
+        self.memory: Memory | None = None
+        """Passes over proposals whose answer is known; None: all are asked."""
+        if not self.l2 and not setup.surface.random and self.patches.count <= queries:
+            self.memory = Memory(self.patches, setup.threat, plan, self._numbers)
         self.patterns = torch.zeros(0)
         if self.l2:
             # [2 side + transposed, row, column], zero beyond the side and in a margin of one
@@ -82,18 +89,21 @@ class Square:
         n = x.shape[0]
         off = torch.zeros(n, dtype=torch.bool, device=x.device)
         channels, height, width = self.setup.shape
-        if self.l2:
-            block = torch.zeros(n, BLOCK, self.words, dtype=torch.int64, device=x.device)
+        if self.memory:
+            proposals = self.memory.start(y)
         else:
-            block = torch.zeros(n, BLOCK, height + channels * width, dtype=torch.int8, device=x.device)
+            many, kind = (self.words, torch.int64) if self.l2 else (height + channels * width, torch.int8)
+            proposals = {
+                "block": torch.zeros(n, BLOCK, many, dtype=kind, device=x.device),  # as `_draw` makes them
+                "drawn": torch.full_like(y, BLOCK),  # taken from the block
+            }
         return {
             "point": self._stripes(index, 0, x),
             "held": x.clone(),  # best of this restart
             "value": torch.full((n,), -torch.inf, device=x.device),
             "step": torch.zeros_like(y),
             "restart": torch.zeros_like(y),
-            "squares" if not self.l2 else "draws": block,  # the next proposals, as `_draw` makes them
-            "drawn": torch.full_like(y, BLOCK),  # proposals taken from the block
+            **proposals,
             "best": x.clone(),
             "top": torch.full((n,), -torch.inf, device=x.device),
             "done": off,
@@ -111,23 +121,31 @@ class Square:
         new = dict(state)
         new["held"] = taken(better, point, state["held"])
         new["value"] = value.where(better, state["value"])
-        ended = state["step"] >= self.queries
+        new["step"] = state["step"] + 1
+        if self.memory:
+            self.memory.skip(new, better, broken)
+        ended = new["step"] > self.queries
         over = bool((ended | broken).any())
         if over:
             self._close(new, broken, ended)
-        else:
-            new["step"] = state["step"] + 1
-        if (new["drawn"] >= BLOCK).any():
-            self._draw(new)
-        proposal = self._l2(new) if self.l2 else self._linf(new)
+        proposal = self._proposal(new)
+        asked: Tensor | int = 1
         if over:
             fresh = new["step"] == 0  # rows that have just begun a restart keep their stripes
-            new["drawn"] = new["drawn"] + ~fresh
-            new["point"] = new["point"].where(rows(fresh, point), proposal)
-        else:
-            new["drawn"] = new["drawn"] + 1
-            new["point"] = proposal
+            proposal = new["point"].where(rows(fresh, point), proposal)
+            asked = ~fresh
+        new["point"] = proposal
+        if "drawn" in new:
+            new["drawn"] = new["drawn"] + asked
         return new
+
+    def _proposal(self, new: State) -> Tensor:
+        """Return what each row asks next, (N, C, H, W)."""
+        if self.memory:
+            return self._linf(new, self.memory.pushes(new))
+        if (new["drawn"] >= BLOCK).any():
+            self._draw(new)
+        return self._l2(new) if self.l2 else self._linf(new, self._next(new))
 
     def _close(self, new: State, broken: Tensor, ended: Tensor) -> None:
         over = ended | broken
@@ -136,59 +154,65 @@ class Square:
         new["top"] = new["value"].where(improved, new["top"])
         new["done"] = broken | (ended & (new["restart"] + 1 >= self.restarts))
         again = ended & ~new["done"]
-        new["step"] = (new["step"] + 1).masked_fill(again, 0)
+        new["step"] = new["step"].masked_fill(again, 0)
         if again.any():
             new["restart"] = new["restart"] + again
             wide = rows(again, new["point"])
             new["point"] = self._stripes(new["index"], new["restart"], new["x"]).where(wide, new["point"])
             new["held"] = new["x"].where(wide, new["held"])
             new["value"] = new["value"].masked_fill(again, -torch.inf)
-            new["drawn"] = new["drawn"].masked_fill(again, BLOCK)
+            if self.memory:
+                self.memory.forget(new, again)
+            else:
+                new["drawn"] = new["drawn"].masked_fill(again, BLOCK)
 
     def _draw(self, new: State) -> None:
         """Draw the next BLOCK proposals of all rows: numbers are keyed by step, so drawing early changes none."""
-        n = new["step"].shape[0]
         steps = new["step"].clamp_min(1).unsqueeze(1) + torch.arange(BLOCK, device=new["step"].device)
-        index, restart = (new[key].repeat_interleave(BLOCK) for key in ("index", "restart"))
-        words = self.setup.stream.bits(index, restart, steps.flatten(), self.words)
+        words = self._words(new["index"], new["restart"], steps)
         if self.l2:
-            new["draws"] = words.view(n, BLOCK, self.words)
+            new["block"] = words.view(len(steps), BLOCK, self.words)
         else:
-            self.sides = self.sides.to(words.device)
-            size = self.sides[(steps.flatten() - 1).clamp_max(len(self.sides) - 1)]
-            down, along = self._spans(*self._corner(words, size), size)
-            signs = (self._coins(words)[:, :-1] * (2 * BEYOND) - BEYOND).to(torch.int8)
-            along = (along.unsqueeze(1) * signs.unsqueeze(2)).flatten(1)
-            new["squares"] = torch.cat((down.to(torch.int8), along), 1).view(n, BLOCK, -1)
+            size = self._sizes(steps)
+            pushes = self.patches.pushes(*self._corner(words, size), self._coins(words)[:, :-1], size)
+            new["block"] = pushes.view(len(steps), BLOCK, -1)
         new["drawn"] = torch.zeros_like(new["drawn"])
+
+    def _numbers(self, index: Tensor, restart: Tensor, steps: Tensor) -> Tensor:
+        """Return the numbers of the squares that queries (N, BLOCK) propose, int64 (N, BLOCK)."""
+        words = self._words(index, restart, steps)
+        corner = self._corner(words, self._sizes(steps))
+        return self.patches.numbers(*corner, self._coins(words)[:, :-1]).view_as(steps)
+
+    def _words(self, index: Tensor, restart: Tensor, steps: Tensor) -> Tensor:
+        """Return the random words of queries (N, BLOCK), (N * BLOCK, words)."""
+        index, restart = (one.repeat_interleave(BLOCK) for one in (index, restart))
+        return self.setup.stream.bits(index, restart, steps.flatten(), self.words)
+
+    def _sizes(self, steps: Tensor) -> Tensor:
+        """Return the sides that queries (N, BLOCK) propose, (N * BLOCK,)."""
+        self.sides = self.sides.to(steps.device)
+        return self.sides[(steps.flatten() - 1).clamp_max(len(self.sides) - 1)]
 
     def _taken(self, new: State) -> tuple[Tensor, Tensor]:
         """Return this proposal's random words (N, words) and its side (N,)."""
         self.sides = self.sides.to(new["step"].device)
-        return self._next(new, "draws"), self.sides[(new["step"] - 1).clamp(0, len(self.sides) - 1)]
+        return self._next(new), self.sides[(new["step"] - 1).clamp(0, len(self.sides) - 1)]
 
-    def _next(self, new: State, key: str) -> Tensor:
-        """Return what a block (N, BLOCK, ...) holds for each row's next proposal, (N, ...)."""
+    def _next(self, new: State) -> Tensor:
+        """Return what the block (N, BLOCK, ...) holds for each row's next proposal, (N, ...)."""
         drawn = new["drawn"]
         at = torch.arange(0, len(drawn) * BLOCK, BLOCK, device=drawn.device) + drawn
-        return new[key].flatten(0, 1).index_select(0, at)
+        return new["block"].flatten(0, 1).index_select(0, at)
 
     def _corner(self, words: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         """Place squares of ``size`` (N,) uniformly by two words each; the last row and column are reached too."""
         _, height, width = self.setup.shape
         return (words[:, 0] * (height - size + 1)) >> 32, (words[:, 1] * (width - size + 1)) >> 32
 
-    def _spans(self, top: Tensor, left: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-        """Tell which pixel rows, bool (N, H), and which columns, (N, W), squares lie on."""
-        _, height, width = self.setup.shape
-        down = torch.arange(height, device=top.device) - top.unsqueeze(1)
-        along = torch.arange(width, device=top.device) - left.unsqueeze(1)
-        size = size.unsqueeze(1)
-        return (down >= 0) & (down < size), (along >= 0) & (along < size)
-
     def _window(self, top: Tensor, left: Tensor, size: Tensor) -> Tensor:
         """Mask of the squares, bool (N, 1, H, W)."""
-        down, along = self._spans(top, left, size)
+        down, along = self.patches.spans(top, left, size)
         return (down.unsqueeze(2) & along.unsqueeze(1)).unsqueeze(1)
 
     def _coins(self, words: Tensor) -> Tensor:
@@ -196,13 +220,13 @@ class Square:
         k = torch.arange(self.setup.shape[0] + 1, device=words.device)
         return (words[:, 3 + k // 32] >> (k % 32)) & 1
 
-    def _linf(self, new: State) -> Tensor:
+    def _linf(self, new: State, pushes: Tensor) -> Tensor:
         """Put pixels of the square at the ball's or the box's edge, by the sign of their channel.
 
         Projecting what was pushed beyond does that, and leaves the others, which are in ball and box, as they are.
         """
         channels, height, width = self.setup.shape
-        square = self._next(new, "squares").to(torch.float32)
+        square = pushes.to(torch.float32)
         down, along = square[:, :height].view(-1, 1, height, 1), square[:, height:].view(-1, channels, 1, width)
         return self.setup.threat.project(new["x"], torch.addcmul(new["held"], down, along))
 
@@ -260,7 +284,7 @@ class Square:
         return threat.project(x, x + scaled.view_as(x))
 
     def passes(self) -> tuple[int, int]:
-        """Return the most (forwards, backwards) one row can cost."""
+        """Return the most (forwards, backwards) one row can cost: what it does if no answer is known."""
         return self.restarts * (self.queries + 1), 0
 
 

@@ -150,6 +150,27 @@ def test_a_snapshot_of_before_second_looks_were_counted_goes_on(points, tmp_path
     assert torch.equal(got.x_adv, walk(points, 64)[0].x_adv)
 
 
+@pytest.mark.parametrize("other", ["another", "wider", "none"])
+def test_a_snapshot_of_another_version_of_the_attack_costs_only_its_rows(points, tmp_path, other):
+    keeper = Journal(tmp_path).keeper("walk")
+    walk(points, 64, keeper=keeper, until=lambda: True)
+    path = tmp_path / "walk.state.npz"
+    with np.load(path) as file:
+        kept = dict(file)
+    name = next(k for k in kept if k.endswith("best"))
+    best = kept.pop(name)
+    if other == "another":
+        kept[name + "2"] = best
+    elif other == "wider":
+        kept[name] = best[..., :1]
+    np.savez(path, **kept)
+    got, target = walk(points, 64, keeper=Journal(tmp_path).keeper("walk"))
+    assert not got.error, got.trace
+    expected, _ = walk(points, 64)
+    assert torch.equal(got.x_adv, expected.x_adv)
+    assert target.meter.forwards == int(expected.forwards.sum())  # all attacked again
+
+
 def test_costs_by_row_add_up_to_the_meter(points):
     got, target = walk(points, 32)
     clean = 0  # the pass over clean images is not counted

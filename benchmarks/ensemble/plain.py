@@ -2,8 +2,8 @@
 
 The model is eager and in fp32, batches are the survivors in their order, and no batch is refilled. A row that is broken
 stays in its batch, and its passes are made and counted, until the run is over for all; broken rows are dropped where
-the reference drops them: between attacks, restarts and targets, and inside Square at each query. Every number an attack
-uses is a row's own, so each point's outcome is what the engine finds.
+the reference drops them: between attacks, restarts and targets, and inside Square at each query. Square asks for every
+proposal, known or not. Every number an attack uses is a row's own, so each point's outcome is what the engine finds.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from arena_attacks.square import Square
 from torch import Tensor
 
 from arena.attack import IteratedAttack, State
@@ -52,6 +53,8 @@ def drive(attack: IteratedAttack, name: str, target: Target, x: Tensor, y: Tenso
     """
     made = Driven(x.clone(), finished=torch.zeros(len(y), dtype=torch.bool))
     runs, length = shape(attack, name)
+    if isinstance(attack, Square):
+        attack.memory = None
     for rows in torch.arange(len(y)).split(BATCH):
         at, state = rows, _begin(attack, target, x[rows], y[rows], index[rows])
         for _ in range(runs):

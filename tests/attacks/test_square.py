@@ -1,6 +1,7 @@
 import pytest
 import torch
-from arena_attacks.square import BLOCK, bump, side
+from arena_attacks.patches import BLOCK
+from arena_attacks.square import bump, side
 
 
 def test_the_share_halves_where_the_paper_says():
@@ -40,6 +41,7 @@ def walk(f, steps):
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 9), (40, 4, 4)])
 def test_linf_starts_as_stripes_and_changes_one_square(fight, models, shape):
     f = fight("square", models.curved(shape, 3), shape=shape, eps="1/10000", low=0.4, high=0.6, n=40, queries=150)
+    f.attack.memory = None
     corners = set()
     for k, state in enumerate(walk(f, 2 * BLOCK + 5)):
         delta = (state["point"] - f.x) / f.threat.radius
@@ -94,6 +96,7 @@ def test_comes_close_to_the_worst_case_of_a_linear_model(fight, models, worst_ca
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_costs_one_forward_for_the_start_and_one_a_proposal(fight, models, norm):
     f = fight("square", models.curved((1, 5, 5), 3), shape=(1, 5, 5), norm=norm, eps="1/100000", queries=70, restarts=2)
+    f.attack.memory = None
     outcome = f.run()
     assert not f.broken(outcome).any()
     assert f.attack.passes() == (142, 0)
