@@ -17,8 +17,8 @@ from arena.threat import Threat
 
 #: Added to a pixel, or taken from it, before projection: further than any ball and any box reaches.
 BEYOND = 4
-#: Proposals whose random numbers are drawn at once: drawing them one by one would cost more than a small model.
-BLOCK = 64
+#: Proposals that a row looks at before random numbers are drawn again.
+BLOCK = 128
 
 
 class Patches:

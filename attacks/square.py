@@ -13,11 +13,13 @@ from torch import Tensor
 
 from arena.attack import Answer, Query, Setup, State
 
-from .patches import BLOCK, Memory, Patches
+from .patches import Memory, Patches
 from .steps import lengths, rows, taken, wrong
 
 #: Queries after which the share of changed pixels halves; counted as they are, not rescaled to other budgets.
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+#: Proposals whose random numbers are drawn at once: drawing them one by one would cost more than a small model.
+BLOCK = 64
 
 
 def side(query: int, p_init: float, height: int, width: int, smallest: int = 1) -> int:
@@ -179,18 +181,18 @@ class Square:
         new["drawn"] = torch.zeros_like(new["drawn"])
 
     def _numbers(self, index: Tensor, restart: Tensor, steps: Tensor) -> Tensor:
-        """Return the numbers of the squares that queries (N, BLOCK) propose, int64 (N, BLOCK)."""
+        """Return the numbers of the squares that queries (N, K) propose, int64 (N, K)."""
         words = self._words(index, restart, steps)
         corner = self._corner(words, self._sizes(steps))
         return self.patches.numbers(*corner, self._coins(words)[:, :-1]).view_as(steps)
 
     def _words(self, index: Tensor, restart: Tensor, steps: Tensor) -> Tensor:
-        """Return the random words of queries (N, BLOCK), (N * BLOCK, words)."""
-        index, restart = (one.repeat_interleave(BLOCK) for one in (index, restart))
+        """Return the random words of queries (N, K), (N * K, words)."""
+        index, restart = (one.repeat_interleave(steps.shape[1]) for one in (index, restart))
         return self.setup.stream.bits(index, restart, steps.flatten(), self.words)
 
     def _sizes(self, steps: Tensor) -> Tensor:
-        """Return the sides that queries (N, BLOCK) propose, (N * BLOCK,)."""
+        """Return the sides that queries (N, K) propose, (N * K,)."""
         self.sides = self.sides.to(steps.device)
         return self.sides[(steps.flatten() - 1).clamp_max(len(self.sides) - 1)]
 

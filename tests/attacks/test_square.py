@@ -1,7 +1,6 @@
 import pytest
 import torch
-from arena_attacks.patches import BLOCK
-from arena_attacks.square import bump, side
+from arena_attacks.square import BLOCK, bump, side
 
 
 def test_the_share_halves_where_the_paper_says():
