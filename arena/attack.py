@@ -21,6 +21,12 @@ from arena.threat import Threat
 
 State = dict[str, Tensor]
 
+
+def layout(state: State) -> dict[str, tuple[int, ...]]:
+    """Return of what shape a row's numbers are, by key."""
+    return {key: tuple(rows.shape[1:]) for key, rows in state.items()}
+
+
 #: Share of wrong draws at which an attack may let a point of a random model go. At a bare majority of 20 draws it would
 #: be a coin toss whether 20 others confirm it; and an attack looks often, so some looks are lucky.
 SURE = 0.9
@@ -178,7 +184,12 @@ class IteratedAttack(Protocol):
     attack must set: ``done`` (N,) bool, the row is finished; ``best`` (N, C, H, W), the point to submit, which for a
     row that is not broken should still be the attack's strongest point. An attack may set ``claim`` (N,) bool; claims
     are checked, never believed. An attack that asks for points outside the ball may have a method
-    ``counts(state)``, which says for which rows a mistake would count (``Query.counts``).
+    ``counts(state)``, which says for which rows a mistake would count (``Query.counts``). One that passes over
+    questions whose answer it knows may have a method ``reached(state)``, which says how many of the forwards of
+    ``passes`` each row has behind it, made or not, (N,); a random model it must ask for all.
+
+    ``tell`` changes no key and no row's shape: a snapshot in which these differ is of another version of the attack,
+    and its rows begin again.
     """
 
     def start(self, index: Tensor, x: Tensor, y: Tensor, clean: Tensor) -> State:

@@ -6,6 +6,7 @@ Outcomes do not depend on the batch size, because every number a row uses is its
 
 from __future__ import annotations
 
+import operator
 import random
 import time
 import traceback
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arena.attack import IteratedAttack, State, Unsupported, bound
+from arena.attack import IteratedAttack, State, Unsupported, bound, layout
 from arena.errors import ArenaError, PluginError
 from arena.rng import Stream
 from arena.target import Target
@@ -56,7 +57,7 @@ class Outcome:
     malformed: dict[str, int] | None = None
     """Rows that are no images at all, by kind (wrong shape or dtype)."""
     most: int = 0
-    """Forwards of a row that stayed to the end of an ask/tell attack; 0 for plain attacks."""
+    """Most forwards of a row of an ask/tell attack; 0 for plain attacks."""
     gives_up: bool = False
     """The attack may leave a row earlier though it saw no break (``AttackSpec.gives_up``)."""
     error: str = ""
@@ -86,7 +87,10 @@ class Outcome:
 
     @property
     def early(self) -> Tensor:
-        """(N,) bool, on the CPU: left before their passes were spent, because a break was seen."""
+        """(N,) bool, on the CPU: left before their passes were spent, because a break was seen.
+
+        Or, where the model is not random, because an attack knew what the rest would show (``IteratedAttack``).
+        """
         early = self.forwards.cpu() < self.most
         return early & self.seen.cpu() if self.gives_up else early
 
@@ -184,6 +188,9 @@ def run_iterated(
     queue = [k for i, k in place.items() if i not in finished and i not in active]
     done = len(finished)
     counts: Callable[[State], Tensor] | None = getattr(attack, "counts", None) if target.precision != "fp32" else None
+    reached: Callable[[State], Tensor] = operator.itemgetter(FORWARDS)
+    if draws == 1:
+        reached = getattr(attack, "reached", reached)
     width = 0
     try:
         while queue or state is not None:
@@ -225,7 +232,7 @@ def run_iterated(
                 state = _keep(state, ~leaving) if len(rows_done) < len(leaving) else None
             if progress and time.monotonic() - told >= TELL_EVERY:
                 told = time.monotonic()
-                progress(done * most + (0 if state is None else int(state[FORWARDS].sum())), done)
+                progress(done * most + (0 if state is None else int(reached(state).sum())), done)
             if keeper.due():
                 keeper.snapshot(state, outcome.moved)
             if until and until():
@@ -251,12 +258,12 @@ def _begin(attack: IteratedAttack, index: Tensor, x: Tensor, y: Tensor, clean: T
 
 
 def _fits(state: State, attack: IteratedAttack, index: Tensor, x: Tensor, y: Tensor, clean: Tensor) -> bool:
-    """Tell whether rows of a snapshot hold what the attack's rows hold, by one row begun anew."""
+    """Tell whether rows of a snapshot are of this version of the attack, by one row begun anew."""
     try:
         fresh = _begin(attack, index, x, y, clean)
-    except Exception:  # the attack's code: it is contained and named where it is at work
+    except (Exception, SystemExit):  # the attack's code: it is contained and named where it is at work
         return False
-    return {k: v.shape[1:] for k, v in state.items()} == {k: v.shape[1:] for k, v in fresh.items()}
+    return layout(state) == layout(fresh)
 
 
 def _width(attack: IteratedAttack, target: Target, index: Tensor, x: Tensor, y: Tensor, clean: Tensor) -> int:

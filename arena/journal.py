@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from arena.attack import State
+from arena.attack import State, layout
 from arena.engine import Row
 from arena.home import atomic_write
 
@@ -177,8 +177,8 @@ class Keepers:
 
 
 def joined(states: Sequence[State]) -> State | None:
-    """Join states; one with other keys than the first is left out, and its points begin again."""
-    same = [state for state in states if state.keys() == states[0].keys()]
+    """Join states; one of another layout than the first is left out, and its points begin again."""
+    same = [state for state in states if layout(state) == layout(states[0])]
     return {k: torch.cat([state[k] for state in same]) for k in same[0]} if same else None
 
 

@@ -156,7 +156,7 @@ class AttackSpec:
     chunk: int = 128
     """Rows a plain attack gets at once; it matters to attacks whose rows share a loss."""
     gives_up: bool = False
-    """An ask/tell attack that may leave a point before its passes are spent though it has not broken it."""
+    """An ask/tell attack that may give up a point that it has not broken, for want of hope, before its end."""
     version: str = ""
     """Changes whenever the attack finds something else with the same options: results stored before are then of another
     question."""

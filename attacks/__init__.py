@@ -148,7 +148,7 @@ _SQUARE = AttackSpec(
     paper="Andriushchenko et al. 2020, arXiv 1912.00049",
     knowledge="score-based",
     options={
-        "queries": Option(5000, "proposals a restart, one forward each, at least 1", low=1),
+        "queries": Option(5000, "proposals a restart, at most one forward each, at least 1", low=1),
         "p_init": Option(0.8, "share of pixels changed by the first proposals, above 0 to 1", low=1e-6, high=1),
         "restarts": restarts(),
     },

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from arena.attack import Answer, Query, Setup, State
 
-from .patches import Memory, Patches
+from .memory import MOST, Memory
+from .patches import Patches
 from .steps import lengths, rows, taken, wrong
 
 #: Queries after which the share of changed pixels halves; counted as they are, not rescaled to other budgets.
@@ -57,8 +58,9 @@ class Square:
     """One start and ``queries`` proposals a restart; a proposal that raises the margin is kept.
 
     A proposal costs a forward, unless its answer is known: where squares are so few that they come again (Linf), those
-    that change nothing, or that were refused and meet the same point, are passed over. That changes no outcome. A
-    random model is asked for all, since its answers differ.
+    that change nothing, or that were refused and meet the same point, are passed over (``attacks.memory``). That
+    changes no outcome. A random model is asked for all: its answers differ, and the engine tells by a row's passes
+    whether a lucky draw let it go.
     """
 
     needs_clean = False
@@ -76,7 +78,7 @@ class Square:
         self.patches = Patches(setup.shape)
         self.memory: Memory | None = None
         """Passes over proposals whose answer is known; None: all are asked."""
-        if not self.l2 and not setup.surface.random and self.patches.count <= queries:
+        if not self.l2 and not setup.surface.random and self.patches.count <= min(queries, MOST):
             self.memory = Memory(self.patches, setup.threat, plan, self._numbers)
         self.patterns = torch.zeros(0)
         if self.l2:
@@ -285,11 +287,15 @@ class Square:
         scaled = delta.flatten(1) / lengths(delta.flatten(1)).clamp_min(1e-12) * threat.radius
         return threat.project(x, x + scaled.view_as(x))
 
+    def reached(self, state: State) -> Tensor:
+        """Return how many of its queries are behind each row (N,), asked or passed over."""
+        return state["restart"] * (self.queries + 1) + state["step"]
+
     def passes(self) -> tuple[int, int]:
         """Return the most (forwards, backwards) one row can cost: what it does if no answer is known."""
         return self.restarts * (self.queries + 1), 0
 
 
 def square(setup: Setup, *, queries: int = 5000, p_init: float = 0.8, restarts: int = 1) -> Square:
-    """Make the square attack on the margin; ``queries`` proposals after the start, so queries + 1 forwards."""
+    """Make the square attack on the margin; ``queries`` proposals after the start, so at most queries + 1 forwards."""
     return Square(setup, queries=queries, p_init=float(p_init), restarts=restarts)

@@ -16,7 +16,7 @@ from arena.attack import GateTerm, Query, Setup
 from arena.auditing.observing import Observed
 from arena.batches import pad, padded, piece
 from arena.engine import run_iterated, run_plain
-from arena.journal import Journal
+from arena.journal import Journal, joined
 from arena.rng import Stream
 from arena.surface import Gate, Surface
 from arena.target import Target
@@ -152,8 +152,8 @@ def test_a_snapshot_of_before_second_looks_were_counted_goes_on(points, tmp_path
 
 @pytest.mark.parametrize("other", ["another", "wider", "none"])
 def test_a_snapshot_of_another_version_of_the_attack_costs_only_its_rows(points, tmp_path, other):
-    keeper = Journal(tmp_path).keeper("walk")
-    walk(points, 64, keeper=keeper, until=lambda: True)
+    calls, keeper = [], Journal(tmp_path).keeper("walk")
+    walk(points, 64, keeper=keeper, until=lambda: calls.append(0) or len(calls) == 7)
     path = tmp_path / "walk.state.npz"
     with np.load(path) as file:
         kept = dict(file)
@@ -164,11 +164,31 @@ def test_a_snapshot_of_another_version_of_the_attack_costs_only_its_rows(points,
     elif other == "wider":
         kept[name] = best[..., :1]
     np.savez(path, **kept)
+    finished, _, _ = keeper.restore()
+    assert 0 < len(finished) < len(points[1])
     got, target = walk(points, 64, keeper=Journal(tmp_path).keeper("walk"))
     assert not got.error, got.trace
     expected, _ = walk(points, 64)
     assert torch.equal(got.x_adv, expected.x_adv)
-    assert target.meter.forwards == int(expected.forwards.sum())  # all attacked again
+    assert target.meter.forwards == int(expected.forwards.sum()) - sum(row[1] for row in finished.values())
+
+
+def test_an_attack_that_cannot_begin_where_a_snapshot_is_left_is_contained(points, tmp_path):
+    class Exits(Walk):
+        def start(self, index, x, y, clean):
+            raise SystemExit(4)
+
+    walk(points, 64, keeper=Journal(tmp_path).keeper("walk"), until=lambda: True)
+    got, _ = walk(points, 64, Exits(SETUP), keeper=Journal(tmp_path).keeper("walk"))
+    assert got.error == "SystemExit: 4"
+
+
+def test_states_of_another_layout_are_not_joined():
+    one = {"index": torch.arange(2), "known": torch.zeros(2, 64)}
+    two = {"index": torch.arange(3), "known": torch.zeros(3, 128)}
+    three = {"index": torch.arange(5)}
+    assert len(joined([one, two, three, one])["index"]) == 4
+    assert joined([]) is None
 
 
 def test_costs_by_row_add_up_to_the_meter(points):

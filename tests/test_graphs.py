@@ -208,7 +208,7 @@ SHORT = {
 }
 
 
-@pytest.mark.parametrize(("name", "options"), [*SHORT.items(), ("staged", {})])
+@pytest.mark.parametrize(("name", "options"), [*SHORT.items(), ("staged", {}), ("square", {"queries": 1300})])
 def test_an_attack_told_twice_finds_and_counts_the_same(name, options):
     with torch.no_grad():
         found = []

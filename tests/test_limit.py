@@ -121,17 +121,17 @@ def test_a_step_is_done_however_short_the_limit_is(ask, counted):
 
 
 def test_half_a_second_stops_a_match_and_without_a_limit_it_goes_on(ask):
-    vs = ("square(queries=100000)", "pgd")
+    vs = ("pgd(steps=100000)", "apgd_ce")
     record = ask(limit=0.5, vs=vs, eps="0.001", n=8).record
-    square, pgd = record["attacks"]
+    long, apgd = record["attacks"]
     assert record["stopped"]
-    assert square["status"] == pgd["status"] == "partial"
-    assert square["error"].startswith("the time limit of 0.5s was up after")
-    assert pgd["error"] == "not played: the time limit of 0.5s was up"
-    assert pgd["attempted"] == 0
+    assert long["status"] == apgd["status"] == "partial"
+    assert long["error"].startswith("the time limit of 0.5s was up after")
+    assert apgd["error"] == "not played: the time limit of 0.5s was up"
+    assert apgd["attempted"] == 0
     assert record["diagnosis"] is None
     assert record["audit"]["level"] == "none"
-    assert square["forwards"] < 8 * 100_001
+    assert long["forwards"] < 8 * 100_001
 
 
 def test_an_unfinished_match_says_that_it_goes_on(ask, counted):

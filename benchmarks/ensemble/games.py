@@ -35,7 +35,7 @@ from arena.workers.staff import engaged
 
 from .bare import SHARE, Bare, Looking, timed
 from .cases import Subject
-from .plain import BATCH, drive
+from .plain import BATCH, asking_all, drive
 from .style import Style
 
 #: In fp32, eagerly, by one process.
@@ -155,7 +155,7 @@ def _drive(
         raise ArenaError(f"attack '{planned.name}': the plain driver knows ask/tell attacks only")
     stream = Stream.of(seed, planned.name)
     setup = Setup(subject.threat, subject.images.n_classes, Surface(), subject.images.shape, stream)
-    attack, made = load(spec.iterate)(setup, **planned.options), []
+    attack, made = asking_all(load(spec.iterate)(setup, **planned.options)), []
     took = timed(lambda: made.append(drive(attack, spec.name, target, x, y, index)))
     word = referee.judge(x, made[0].x_adv, y, index)
     if word.violations:

@@ -3,7 +3,8 @@
 The model is eager and in fp32, batches are the survivors in their order, and no batch is refilled. A row that is broken
 stays in its batch, and its passes are made and counted, until the run is over for all; broken rows are dropped where
 the reference drops them: between attacks, restarts and targets, and inside Square at each query. Square asks for every
-proposal, known or not. Every number an attack uses is a row's own, so each point's outcome is what the engine finds.
+proposal, known or not (``asking_all``). Every number an attack uses is a row's own, so each point's outcome is what the
+engine finds.
 """
 
 from __future__ import annotations
@@ -37,6 +38,13 @@ class Driven:
     """(N,) bool."""
 
 
+def asking_all(attack: IteratedAttack) -> IteratedAttack:
+    """Let Square ask for proposals whose answer it knows, too, as the reference does; other attacks do already."""
+    if isinstance(attack, Square):
+        attack.memory = None
+    return attack
+
+
 def drive(attack: IteratedAttack, name: str, target: Target, x: Tensor, y: Tensor, index: Tensor) -> Driven:
     """Drive an attack whose rows move in step over points (N, C, H, W), ``BATCH`` at a time.
 
@@ -53,8 +61,6 @@ def drive(attack: IteratedAttack, name: str, target: Target, x: Tensor, y: Tenso
     """
     made = Driven(x.clone(), finished=torch.zeros(len(y), dtype=torch.bool))
     runs, length = shape(attack, name)
-    if isinstance(attack, Square):
-        attack.memory = None
     for rows in torch.arange(len(y)).split(BATCH):
         at, state = rows, _begin(attack, target, x[rows], y[rows], index[rows])
         for _ in range(runs):

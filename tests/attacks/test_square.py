@@ -93,7 +93,7 @@ def test_comes_close_to_the_worst_case_of_a_linear_model(fight, models, worst_ca
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_costs_one_forward_for_the_start_and_one_a_proposal(fight, models, norm):
+def test_asking_all_costs_one_forward_for_the_start_and_one_a_proposal(fight, models, norm):
     f = fight("square", models.curved((1, 5, 5), 3), shape=(1, 5, 5), norm=norm, eps="1/100000", queries=70, restarts=2)
     f.attack.memory = None
     outcome = f.run()

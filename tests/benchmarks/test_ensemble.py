@@ -77,6 +77,7 @@ ATTACKS = (
     ("apgd_t(steps=10,targets=3)", "0.08"),
     ("fab_t(steps=5,targets=3)", "0.08"),
     ("square(queries=80)", "0.08"),
+    ("square(queries=300)", "0.08"),
 )
 
 
@@ -90,7 +91,7 @@ def test_driven_plainly_an_attack_finds_what_the_engine_finds(model, entry, eps,
     outcome = run_iterated(attack, Target(model, Surface(), K, 16), x, y, index)
     assert not outcome.error
     target = Target(model, Surface(), K, 250)
-    driven = plain.drive(attack, name, target, x, y, index)
+    driven = plain.drive(plain.asking_all(attack), name, target, x, y, index)
     assert driven.finished.all()
     assert torch.equal(driven.x_adv, outcome.x_adv)
     broken, expected = (Referee(model, threat).judge(x, o.x_adv, y, index).broken for o in (driven, outcome))
@@ -100,7 +101,9 @@ def test_driven_plainly_an_attack_finds_what_the_engine_finds(model, entry, eps,
     # a broken point pays until the run that broke it is over; Square lets it go at once
     _, length = plain.shape(attack, name)
     steps = 1 if name == "square" else length
-    paid = (outcome.forwards + steps - 1) // steps * steps
+    asked = run_iterated(attack, Target(model, Surface(), K, 16), x, y, index)  # of all proposals
+    assert torch.equal(asked.x_adv, outcome.x_adv)
+    paid = (asked.forwards + steps - 1) // steps * steps
     assert driven.forwards == int(paid.sum())
     assert driven.forwards >= int(outcome.forwards.sum())
     assert driven.backwards >= int(outcome.backwards.sum())
@@ -110,7 +113,7 @@ def test_driven_plainly_an_attack_finds_what_the_engine_finds(model, entry, eps,
 def test_without_a_break_the_plain_driver_costs_the_bound(model, entry, _eps):
     x, y, index = points(model)
     attack, name = made(entry, Threat.parse("Linf", "1e-7"))
-    driven = plain.drive(attack, name, Target(model, Surface(), K), x, y, index)
+    driven = plain.drive(plain.asking_all(attack), name, Target(model, Surface(), K), x, y, index)
     assert (driven.forwards, driven.backwards) == tuple(len(y) * most for most in attack.passes())
     assert driven.finished.all()
 

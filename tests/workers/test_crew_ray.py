@@ -80,7 +80,7 @@ def test_what_the_cluster_lacks_is_refused_before_anything_is_done(registry, clu
 def test_a_match_that_is_ended_leaves_no_process(tmp_path, number):
     """On a cluster of its own, which ends with it."""
     once = {"ARENA_HOME": str(tmp_path / "home"), "ARENA_SNAPSHOT_SECONDS": "0.1", "MARK": str(tmp_path)}
-    command = [sys.executable, "-m", "arena", "match", "arena_cheats:honest", "--vs", "square(queries=20000)", "-q"]
+    command = [sys.executable, "-m", "arena", "match", "arena_cheats:honest", "--vs", "pgd(steps=20000)", "-q"]
     cheats = Path(__file__).parents[1] / "packages" / "cheats"
     path = os.pathsep.join(filter(None, [str(cheats), os.environ.get("PYTHONPATH", "")]))
     process = subprocess.Popen(

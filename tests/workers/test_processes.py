@@ -56,7 +56,7 @@ def arena(tmp_path):
     """Return a function that starts a match of a model of the user's own as a process."""
     (tmp_path / "mine.py").write_text(MODEL)
 
-    def start(home: str, *more: str, vs: str = "square(queries=1500)") -> subprocess.Popen:
+    def start(home: str, *more: str, vs: str = "pgd(steps=1500)") -> subprocess.Popen:
         command = [sys.executable, "-m", "arena", "match", f"{tmp_path / 'mine.py'}:factory", "--vs", vs, "-q"]
         command += ["--eps", "0.06", "-n", "150", "--no-audit", "--json", str(tmp_path / f"{home}.json"), *more]
         once = {"ARENA_HOME": str(tmp_path / home), "ARENA_SNAPSHOT_SECONDS": "0.1", "OMP_NUM_THREADS": "1"}
@@ -150,7 +150,7 @@ def test_no_worker_hears_an_interrupt_from_its_first_moment_on(tmp_path):
 
 @needs_proc
 def test_an_interrupt_ends_workers_after_a_snapshot(arena, tmp_path):
-    process = arena("stopped", "--devices", "cpu,cpu", vs="square(queries=20000)")
+    process = arena("stopped", "--devices", "cpu,cpu", vs="pgd(steps=20000)")
     begun(tmp_path / "stopped", process)
     workers = children(process)
     (snapshot,) = (tmp_path / "stopped").glob("journal/*/*.state.npz")
