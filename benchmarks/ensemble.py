@@ -66,7 +66,7 @@ def settings_of(given: argparse.Namespace) -> Settings:
         threads=_numbers("--threads", given.threads, 1),
         members=tuple(c for c in _names(given.members) if c in cases),
         overhead=tuple(c for c in _names(given.overhead) if c in cases),
-        overhead_n=given.overhead_n,
+        overhead_n=tuple(int(n) for n in _names(given.overhead_n)),
         steps=given.steps,
         queries=given.queries,
         parts=_names(given.parts),
@@ -106,7 +106,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", default=str(torch.get_num_threads()), help="torch's threads; 2,1 measures both")
     made.add_argument("--members", default="cnn,cifar", help="cases on which members meet torchattacks'")
     made.add_argument("--overhead", default="cnn,cifar", help="cases on which the overhead is measured")
-    made.add_argument("--overhead-n", type=int, default=512, help="points of the overhead on CIFAR-10")
+    made.add_argument(
+        "--overhead-n",
+        default="512,1000",
+        help="points of the overhead on CIFAR-10, comma-separated; the long roster meets the first number alone",
+    )
     made.add_argument("--steps", type=int, default=100, help="iterations of the members; the reference keeps its own")
     made.add_argument("--queries", type=int, default=5000, help="queries of the members' Square")
     made.add_argument("--parts", default=",".join(PARTS), help="what to measure")

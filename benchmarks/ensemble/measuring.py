@@ -61,7 +61,7 @@ class Settings:
     """Cases on which members are compared."""
     overhead: tuple[str, ...]
     """Cases on which the overhead is measured."""
-    overhead_n: int
+    overhead_n: tuple[int, ...]
     """Its points on CIFAR-10."""
     steps: int
     queries: int
@@ -227,12 +227,18 @@ class Bench:
         return lambda: games.play(on, entry, games.EAGERLY, seed, threads, self.registry)
 
     def _overhead(self) -> None:
+        pictures = [name for name in self.settings.overhead if named(name).cifar]
+        for k, n in enumerate(self.settings.overhead_n):
+            self._overheads(pictures if k else self.settings.overhead, n, k == 0)
+
+    def _overheads(self, cases: Sequence[str], n: int, whole: bool) -> None:
+        """Measure on so many pictures of CIFAR-10; ``whole``: the full roster's too, which takes long."""
         s = self.settings
-        for on, threads, pair in self._turns(s.overhead, s.seeds[:1], cifar_n=s.overhead_n, pairs=PGD_TURNS):
+        for on, threads, pair in self._turns(cases, s.seeds[:1], cifar_n=n, pairs=PGD_TURNS):
             entry = f"pgd(steps={PGD_STEPS})"
             asked = self._asked(on, "pgd, arena", threads, pair, [IN_HALF, *self._made_of(entry, on)])
             self._keep("overhead", self.found.overhead, on, asked, self._among_looks(on, entry, threads, HALF))
-            if pair == 0:  # it takes long enough to be its own median
+            if pair == 0 and whole:  # it takes long enough to be its own median
                 asked = self._asked(on, s.full, threads, pair, [AMONG_LOOKS, *self._made_of(s.full, on)])
                 self._keep("overhead", self.found.overhead, on, asked, self._among_looks(on, s.full, threads, SHARE))
             for library in PGD_PEERS:

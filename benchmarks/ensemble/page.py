@@ -18,7 +18,7 @@ from arena.home import atomic_write
 from . import tables
 from .frontier import figure, frontier, spots
 from .measuring import PGD_TURNS, Found, Run, Settings
-from .tables import Compared, compare, couples, number, ratio, times
+from .tables import Compared, compare, couples, ratio, times
 
 #: What is asked of the fast roster and of the full one.
 POOLED_GAP, CASE_GAP = 0.3, 1.0
@@ -133,12 +133,13 @@ def _count(value: int | None) -> str:
 def _overheads(runs: Sequence[Run], full: str) -> list[list[str]]:
     rows = []
     for label, way, key in (("pgd", "pgd, arena", "pgd"), (full, full, "full")):
-        some = [r for r in runs if r.case == "cifar" and r.way == way]
-        value = tables.median(some, lambda r: r.cell["seconds"] / r.cell["bare"])
-        holds = None if value is None else value <= OVERHEAD[key]
-        rows.append(
-            [f"`{label}` over its bare passes, `cifar`", f"at most {OVERHEAD[key]:g}", number(value), yes(holds)]
-        )
+        met = [r for r in runs if r.case == "cifar" and r.way == way]
+        for n in sorted({r.n for r in met}) or [0]:
+            value = tables.median([r for r in met if r.n == n], lambda r: r.cell["seconds"] / r.cell["bare"])
+            holds = None if value is None else value <= OVERHEAD[key]
+            says = f"`{label}` over its bare passes, `cifar`{f', {n:,} points' if n else ''}"
+            exact = tables.DASH if value is None else f"{value:.3f}"
+            rows.append([says, f"at most {OVERHEAD[key]:g}", exact, yes(holds)])
     return rows
 
 
@@ -149,6 +150,7 @@ def settings_lines(found: Found, settings: Settings, versions: Sequence[str]) ->
     loads = sorted(c["load"] for c in cells) or [0.0]
     made = sorted({f"arena {c['arena']}, torch {c['torch']}" for c in cells})
     threads = ", ".join(map(str, settings.threads))
+    pictures = " and ".join(f"{n:,}" for n in settings.overhead_n)
     return [
         f"- {processor()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}; "
         f"{'; '.join(made)}; {', '.join(versions) or 'no peer'}.",
@@ -156,7 +158,7 @@ def settings_lines(found: Found, settings: Settings, versions: Sequence[str]) ->
         f"began: {loads[0]:.1f} to {loads[-1]:.1f}.",
         f"- torch's threads: {threads}. A match of a small model takes one of them, whatever it is given.",
         f"- Digits: {settings.n} points, Linf eps 0.2; CIFAR-10: the first {settings.cifar_n} test pictures, for the "
-        f"overhead {settings.overhead_n}, Linf eps 8/255. Train seeds {', '.join(map(str, settings.seeds))}; attack "
+        f"overhead {pictures}, Linf eps 8/255. Train seeds {', '.join(map(str, settings.seeds))}; attack "
         "seed 0, of the members the train seed.",
         f"- Members: {settings.steps} iterations, {settings.queries:,} queries, one restart, 9 targets, Square without "
         "rescaling its schedule; torchattacks' in batches of 250, all other settings the reference's.",
@@ -169,7 +171,8 @@ def settings_lines(found: Found, settings: Settings, versions: Sequence[str]) ->
 NOTES = """\
 - *plain* is arena's own four attacks with the roster's settings, driven without arena's engine: the eager model in
   fp32, batches of 250 survivors (padded to 256, as all of arena's batches are), no refill; a broken point stays in its
-  batch until its run is over, and is dropped between attacks, restarts and targets, in Square at each query.
+  batch until its run is over, and is dropped between attacks, restarts and targets, in Square at each query. Square
+  asks for every proposal there, in arena's own runs only for those whose answer it does not know.
 - *reference* is the authors' AutoAttack, version `standard`, in batches of 250: APGD-CE, then 9 targets of APGD-T and
   FAB-T of 100 iterations, then 5,000 queries of Square, each on what the one before left. `pyautoattack` packages the
   authors' code: settings, order and survivors are theirs; how it is called and what it logs are not. What it returns is
@@ -183,7 +186,8 @@ NOTES = """\
   counts once, for the side that alone breaks it on more of the models that share it.
 - *gap* is the first side's robust accuracy less the second's, in points: below zero the first finds more.
 - *Members* meet all naturally correct points, each alone; torchattacks' counts hold what it adds of its own, such as a
-  look at the clean points. *Violations* are points that it returned outside ball or box: these break nothing.
+  look at the clean points; arena's Square passes over proposals whose answer it knows. *Violations* are points that
+  torchattacks returned outside ball or box: these break nothing.
 - *seconds* are of the attacks alone, wall; *whole* is the match with its checks, its timing and the referee; *cpu* are
   the process's, all threads, of a match the whole. *bare* is what as many forwards and backwards take with nothing
   around them, timed in the same process: of arena's own runs the search copy's, else the eager model's. It is timed

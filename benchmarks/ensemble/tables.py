@@ -264,23 +264,24 @@ def overhead(runs: Sequence[Run]) -> Table:
     """Set seconds against bare passes, libraries beside each other."""
     rows = [["case", "what", "points", "threads", "batch", "passes", "seconds", "bare", "over bare", "robust"]]
     for case in cases_of(runs):
-        for way in dict.fromkeys(r.way for r in runs):
-            for threads in dict.fromkeys(r.threads for r in pick(runs, case=case, way=way)):
-                some = pick(runs, case=case, way=way, threads=threads)
-                rows.append(
-                    [
-                        f"`{case}`",
-                        way,
-                        str(some[0].n),
-                        str(some[0].cell["threads"]),
-                        str(some[0].cell["batch_size"]),
-                        passes(some[:1]),
-                        number(median(some, lambda r: r.cell["seconds"])),
-                        number(median(some, lambda r: r.cell["bare"])),
-                        number(median(some, lambda r: r.cell["seconds"] / r.cell["bare"])),
-                        f"{accuracy(some[:1]):.1f}",
-                    ]
-                )
+        groups: dict[tuple[int, str, int], list[Run]] = {}
+        for run in pick(runs, case=case):
+            groups.setdefault((run.n, run.way, run.threads), []).append(run)
+        for (n, way, _), some in sorted(groups.items(), key=lambda group: group[0][0]):
+            rows.append(
+                [
+                    f"`{case}`",
+                    way,
+                    str(n),
+                    str(some[0].cell["threads"]),
+                    str(some[0].cell["batch_size"]),
+                    passes(some[:1]),
+                    number(median(some, lambda r: r.cell["seconds"])),
+                    number(median(some, lambda r: r.cell["bare"])),
+                    number(median(some, lambda r: r.cell["seconds"] / r.cell["bare"])),
+                    f"{accuracy(some[:1]):.1f}",
+                ]
+            )
     return Table(rows)
 
 

@@ -26,7 +26,7 @@ SETTINGS = {
     "threads": (1,),
     "members": ("cnn",),
     "overhead": ("cnn",),
-    "overhead_n": 6,
+    "overhead_n": (6, 7),
     "steps": 100,
     "queries": 5000,
     "parts": ("runs", "members", "overhead", "frontier"),

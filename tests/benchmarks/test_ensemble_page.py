@@ -73,10 +73,29 @@ def test_the_page_says_what_holds(tmp_path):
     assert held["seconds, the plain run over `quick`"] == "**no**"
     assert held["points on which `autoattack` and the plain run differ"] == "**yes**"
     assert held["`pgd` over its bare passes, `cifar`"] == "-"  # no number is made up
+
     assert "| `square` | `cnn` | 87.5 | 75.0 | +12.50 | 0 | 1 | 1.000 | 10 + 5 | 10 + 5 | 0 |" in text
     assert "| `cnn` | pgd, art | 8 | 1 | 8 | 10 + 5 | 3.00 | 1.50 | 2.00 | 100.0 |" in text
     assert "- torchattacks: offline" in text
     assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 120
+
+
+def test_the_overhead_is_told_of_each_number_of_points():
+    def pgd(points, seconds):
+        made = run("pgd, arena", case="cifar", seconds=seconds)
+        return measuring.Run("cifar", 0, "pgd, arena", 1, 0, {**made.cell, "n": points, "bare": 10.0})
+
+    found = [pgd(8, 10.4), pgd(16, 10.3), pgd(8, 10.52), pgd(8, 11.0), run("autoattack", case="cifar", seconds=1.6)]
+    told = page._overheads(found, "autoattack")
+    assert told[0] == ["`pgd` over its bare passes, `cifar`, 8 points", "at most 1.05", "1.052", "**no**"]
+    assert told[1] == ["`pgd` over its bare passes, `cifar`, 16 points", "at most 1.05", "1.030", "**yes**"]
+    assert told[2] == ["`autoattack` over its bare passes, `cifar`, 8 points", "at most 1.15", "2.000", "**no**"]
+    rows = tables.overhead(found).rows[1:]
+    assert [(row[1], row[2], row[8]) for row in rows] == [
+        ("pgd, arena", "8", "1.05"),
+        ("autoattack", "8", "2.00"),
+        ("pgd, arena", "16", "1.03"),
+    ]
 
 
 def test_what_was_played_in_bf16_is_held_against_the_same_bounds(tmp_path):
