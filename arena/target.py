@@ -23,7 +23,7 @@ from arena.surface import Reader, Reading, Surface, selects
 from arena.surrogate import posing
 
 DEFAULT_BATCH = 256
-LIVE = 256
+LIVE = 512
 
 
 class Compilation(Protocol):

@@ -126,7 +126,7 @@ def test_plain_attacks_get_gradients_they_can_take_views_of(n):
         assert bool((grads[1] != 0).any())
 
 
-@pytest.mark.parametrize(("both", "live"), [(1e-4, 256), (0.05, 41), (10.0, 1)])
+@pytest.mark.parametrize(("both", "live"), [(1e-4, 512), (0.05, 41), (10.0, 1)])
 def test_so_many_rows_are_at_work_that_a_step_takes_seconds(monkeypatch, both, live):
     monkeypatch.setattr("arena.search.measure", lambda *_: Pace(32, both / 3, both))
     search = opened()
