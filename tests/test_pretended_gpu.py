@@ -94,7 +94,8 @@ def test_the_pretended_gpu_is_as_strict_as_one():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_match_on_a_gpu_is_the_cpu_s(registry, precision):
-    vs, how = ("pgd", "quick", "apgd_t(steps=10)", "rays(queries=20)"), replace(GO, audit="normal", precision=precision)
+    vs = ("pgd", "quick", "apgd_t(steps=10)", "square(queries=200,restarts=2)", "rays(queries=20)")
+    how = replace(GO, audit="normal", precision=precision)
     found = ask(registry, vs=vs, running=how, eps="0.1").record
     assert found["attacks"][0]["broken"]
     with pretended_gpu():
