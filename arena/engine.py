@@ -261,7 +261,7 @@ def _fits(state: State, attack: IteratedAttack, index: Tensor, x: Tensor, y: Ten
     """Tell whether rows of a snapshot are of this version of the attack, by one row begun anew."""
     try:
         fresh = _begin(attack, index, x, y, clean)
-    except (Exception, SystemExit):  # the attack's code: it is contained and named where it is at work
+    except (Exception, SystemExit):  # the attack's code; its rows begin again, where the same error is met and named
         return False
     return layout(state) == layout(fresh)
 

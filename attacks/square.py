@@ -13,8 +13,8 @@ from torch import Tensor
 
 from arena.attack import Answer, Query, Setup, State
 
-from .memory import MOST, Memory
-from .patches import Patches
+from .square_memory import MOST, Memory
+from .square_patches import Patches
 from .steps import lengths, rows, taken, wrong
 
 #: Queries after which the share of changed pixels halves; counted as they are, not rescaled to other budgets.
@@ -58,7 +58,7 @@ class Square:
     """One start and ``queries`` proposals a restart; a proposal that raises the margin is kept.
 
     A proposal costs a forward, unless its answer is known: where squares are so few that they come again (Linf), those
-    that change nothing, or that were refused and meet the same point, are passed over (``attacks.memory``). That
+    that change nothing, or that were refused and meet the same point, are passed over (``attacks.square_memory``). That
     changes no outcome. A random model is asked for all: its answers differ, and the engine tells by a row's passes
     whether a lucky draw let it go.
     """

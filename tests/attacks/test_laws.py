@@ -107,7 +107,7 @@ def test_a_state_read_back_from_a_file_goes_on_as_if_nothing_happened(fight, mod
 
 
 def asking_all(f):
-    """Let square ask for proposals whose answer is known too (tests/attacks/test_memory.py)."""
+    """Let square ask for proposals whose answer is known too (tests/attacks/test_square_memory.py)."""
     if isinstance(f.attack, Square):
         f.attack.memory = None
     return f

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from arena_attacks.patches import BEYOND, Patches
+from arena_attacks.square_patches import BEYOND, Patches
 
 from arena.threat import Threat
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from arena_attacks.memory import AHEAD
 from arena_attacks.square import Square, side
+from arena_attacks.square_memory import AHEAD
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

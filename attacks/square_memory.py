@@ -10,7 +10,7 @@ from torch import Tensor
 from arena.attack import State
 from arena.threat import Threat
 
-from .patches import Patches
+from .square_patches import Patches
 
 #: Proposals that a row looks at before random numbers are drawn again.
 AHEAD = 128
