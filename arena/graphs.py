@@ -23,9 +23,9 @@ from arena.looking import differ, looks, uncounted
 from arena.surface import Reading
 from arena.target import Target
 
-#: A pass is recorded when it has been made so often: then what replays would have saved is about what recording takes.
-#: (Seen once on an H100, bf16: about 50 ms; a replay saves 1 to 2 ms of a ResNet-18's pass of 64 rows.)
-OFTEN = 32
+#: A pass is recorded when it has been made so often. On an H100 ``quick`` in bf16 on a ResNet-18 takes 1.36 and 1.52
+#: seconds so, 1.69 and 1.83 with 32, 1.69 and 1.75 where nothing is recorded.
+OFTEN = 6
 #: Passes that are kept recorded; those that have not been made for longest make room.
 KEPT = 64
 

@@ -35,6 +35,12 @@ ENOUGH, WORTH, TOO_LONG = 0.2, 0.002, 5.0
 #: Seconds that an attack's and the engine's own work takes for each batch, as measured on digits with square; so a
 #: small model's batches are large.
 OWN = 1e-3
+#: Where that time is over, a batch may have so many rows untried, as far as memory goes and a gradient of them takes no
+#: longer than ``A_STEP``: up to there a row has cost the less the larger the batch was (9 % from 32 to 128 rows, ResNet).
+UNTRIED = 128
+#: Seconds that a row's gradient may add up to over all rows at work: between two steps nothing is kept and nobody looks
+#: at the clock.
+A_STEP = 2.0
 #: A larger batch counts as no slower up to here.
 NO_SLOWER = 1.05
 #: From here on a larger batch is not tried.
@@ -66,9 +72,9 @@ class Pace:
 def measure(target: Target, x: Tensor, batch_size: int | None = None, passes: tuple[int, int] = (0, 0)) -> Pace | None:
     """Measure a target's bare passes on images (N, C, H, W), at the given batch size or at the best.
 
-    The best is the one with the most rows a second among ``SIZES`` up to N that fit into memory and into the time.
-    Sets the target's batch size. Where the time does not reach up to it, the passes of the largest batch that was timed
-    stand for it. Nothing is counted, and the global generator is left as it was. ``passes`` are the most forwards and
+    The best is the one with the most rows a second among ``SIZES`` up to N that fit into memory and into the time; where
+    the time is over while sizes still gain, ``UNTRIED`` rows. Sets the target's batch size. Where the time does not
+    reach up to it, the passes of the largest batch that was timed stand for it. Nothing is counted, and the global generator is left as it was. ``passes`` are the most forwards and
     backwards of the match: for a long one more sizes are tried.
 
     Returns:
@@ -89,12 +95,14 @@ def _measured(target: Target, x: Tensor, wanted: int | None, passes: tuple[int, 
     most = min(padded(len(x)), wanted or SIZES[-1])
     small = _timed(target, x, STEP, ENOUGH, 0.0)
     enough = max(ENOUGH, min(WORTH * small.pace.bare(*passes), TOO_LONG))
-    last, spent, full = small, 0.0, 0
+    last, spent, full, over = small, 0.0, 0, False
     limit, a_row = float("inf"), 0.0
     found: list[_Timed] = []
     for size in (*(s for s in SIZES if s < most), most):
-        soon = spent + (1 + PASSES) * size * (last.pace.forward + last.pace.both)
-        if soon > enough or (wanted is None and found and found[-1].cost > HOPELESS * min(f.cost for f in found)):
+        if wanted is None and found and found[-1].cost > HOPELESS * min(f.cost for f in found):
+            break
+        over = spent + (1 + PASSES) * size * (last.pace.forward + last.pace.both) > enough
+        if over:
             break
         try:
             if wanted is None and not a_row:
@@ -114,11 +122,23 @@ def _measured(target: Target, x: Tensor, wanted: int | None, passes: tuple[int, 
         while full and wanted >= full:
             wanted = padded(wanted // 2)
         return replace(last.pace, batch_size=wanted)
-    if not found:  # the smallest does not fit, or the time is up
-        return small.pace if full else replace(small.pace, batch_size=min(SIZES[0], most))
+    if full and not found:  # the smallest does not fit
+        return small.pace
     _go_on(target, x, found, enough - spent if enough > ENOUGH else 0.0)
-    least = min(f.cost for f in found)
-    return [f.pace for f in found if f.cost <= least * NO_SLOWER][-1]
+    least = min((f.cost for f in found), default=0.0)
+    best = ([f for f in found if f.cost <= least * NO_SLOWER] or [small])[-1]
+    if over and best is last:
+        size = max(best.size, min(SIZES[0], most))
+        return replace(best.pace, batch_size=max(size, _untried(target, x, best.pace, most)))
+    return best.pace
+
+
+def _untried(target: Target, x: Tensor, known: Pace, most: int) -> int:
+    """Return how many rows a batch may have that was not tried, from what smaller ones cost."""
+    rows = min(UNTRIED, most, int(A_STEP / known.both))
+    if rows > SIZES[0]:
+        rows = min(rows, int(SHARE * free_memory(target.device) / memory_of_a_row(target, x[:STEP])))
+    return rows if rows == most else rows // SIZES[0] * SIZES[0]
 
 
 @dataclass
@@ -169,7 +189,7 @@ def _timed(target: Target, x: Tensor, size: int, enough: float, spent: float) ->
 
 def _go_on(target: Target, x: Tensor, found: list[_Timed], left: float) -> None:
     """Time sizes that may be the best again while time is left."""
-    least = min(f.cost for f in found)
+    least = min((f.cost for f in found), default=0.0)
     close = [f for f in found if f.cost <= HOPELESS * least]
     while len(close) > 1 and min(f.turns for f in close) < TURNS:
         left -= sum(f.size * (f.pace.forward + f.pace.both) for f in close)

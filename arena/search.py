@@ -15,15 +15,11 @@ from arena.engine import Outcome
 from arena.graphs import record_passes, recordable
 from arena.guard import Guard
 from arena.lineup import Planned
-from arena.pace import SIZES, Pace, measure
+from arena.pace import A_STEP, SIZES, Pace, measure
 from arena.points import Rows
 from arena.question import Running
 from arena.surface import Surface
 from arena.target import LIVE, Target
-
-#: Seconds that a row's gradient may add up to over all rows at work: between two steps nothing is kept and nobody looks
-#: at the clock.
-A_STEP = 2.0
 
 
 class Search:

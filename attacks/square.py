@@ -60,7 +60,7 @@ class Square:
     A proposal costs a forward, unless its answer is known: where squares are so few that they come again (Linf), those
     that change nothing, or that were refused and meet the same point, are passed over (``attacks.square_memory``). That
     changes no outcome. A random model is asked for all: its answers differ, and the engine tells by a row's passes
-    whether a lucky draw let it go.
+    whether a lucky draw let it go. On a GPU all are asked too: to find the next proposal takes longer there than passes.
     """
 
     needs_clean = False
@@ -93,7 +93,7 @@ class Square:
         n = x.shape[0]
         off = torch.zeros(n, dtype=torch.bool, device=x.device)
         channels, height, width = self.setup.shape
-        if self.memory:
+        if self.memory and not x.is_cuda:
             proposals = self.memory.start(y)
         else:
             many, kind = (self.words, torch.int64) if self.l2 else (height + channels * width, torch.int8)
@@ -126,8 +126,8 @@ class Square:
         new["held"] = taken(better, point, state["held"])
         new["value"] = value.where(better, state["value"])
         new["step"] = state["step"] + 1
-        if self.memory:
-            self.memory.skip(new, better, broken)
+        if memory := self._memory(new):
+            memory.skip(new, better, broken)
         ended = new["step"] > self.queries
         over = bool((ended | broken).any())
         if over:
@@ -143,10 +143,14 @@ class Square:
             new["drawn"] = new["drawn"] + asked
         return new
 
+    def _memory(self, state: State) -> Memory | None:
+        """Return the memory that a state was begun with, if it was."""
+        return None if "drawn" in state else self.memory
+
     def _proposal(self, new: State) -> Tensor:
         """Return what each row asks next, (N, C, H, W)."""
-        if self.memory:
-            return self._linf(new, self.memory.pushes(new))
+        if memory := self._memory(new):
+            return self._linf(new, memory.pushes(new))
         if (new["drawn"] >= BLOCK).any():
             self._draw(new)
         return self._l2(new) if self.l2 else self._linf(new, self._next(new))
@@ -165,8 +169,8 @@ class Square:
             new["point"] = self._stripes(new["index"], new["restart"], new["x"]).where(wide, new["point"])
             new["held"] = new["x"].where(wide, new["held"])
             new["value"] = new["value"].masked_fill(again, -torch.inf)
-            if self.memory:
-                self.memory.forget(new, again)
+            if memory := self._memory(new):
+                memory.forget(new, again)
             else:
                 new["drawn"] = new["drawn"].masked_fill(again, BLOCK)
 

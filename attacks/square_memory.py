@@ -1,4 +1,4 @@
-"""What the square attack knows of its proposals without a pass, and passes over (Linf, small images)."""
+"""What the square attack knows of its proposals without a pass, and passes over (Linf, small images, on a CPU)."""
 
 from __future__ import annotations
 
@@ -53,19 +53,13 @@ class Memory:
 
     def start(self, y: Tensor) -> State:
         """Return the state of rows of which nothing is known."""
-        self._move(y.device)
         n = len(y)
         return {
-            "numbers": torch.zeros(n, AHEAD, dtype=torch.int64, device=y.device),
+            "numbers": torch.zeros(n, AHEAD, dtype=torch.int64),
             "first": torch.full_like(y, -AHEAD),
-            "known": torch.zeros(n, self.patches.count, dtype=torch.bool, device=y.device),
+            "known": torch.zeros(n, self.patches.count, dtype=torch.bool),
             "until": torch.zeros_like(y),
         }
-
-    def _move(self, device: torch.device) -> None:
-        """Bring what is the same for all rows to the rows' device."""
-        self.table, self.sides = self.table.to(device), self.sides.to(device)
-        self.begins, self.turns = self.begins.to(device), self.turns.to(device)
 
     def forget(self, new: State, rows: Tensor) -> None:
         """Begin anew for the rows of a mask (N,), whose proposals are others now."""
@@ -80,7 +74,6 @@ class Memory:
             better: (N,) bool, its proposal was kept.
             broken: (N,) bool, rows that propose nothing more.
         """
-        self._move(new["step"].device)
         known, numbers, first, step = new["known"].clone(), new["numbers"], new["first"].clone(), new["step"].clone()
         until = new["until"].masked_fill(better, 0)
         done = new["done"] | broken
@@ -100,7 +93,7 @@ class Memory:
                 first[jump] = step[jump] - AHEAD
                 if not over.all():  # draw for all that will soon need it, too
                     spent = rows[(step[rows] - first[rows] >= AHEAD // 2) & (step[rows] < until[rows])]
-                    queries = step[spent].unsqueeze(1) + torch.arange(AHEAD, device=step.device)
+                    queries = step[spent].unsqueeze(1) + torch.arange(AHEAD)
                     drawn = self.draw(new["index"][spent], new["restart"][spent], queries)
                     numbers = numbers.index_copy(0, spent, drawn)
                     first[spent] = step[spent]
@@ -125,7 +118,7 @@ class Memory:
         self, rows: Tensor, step: Tensor, first: Tensor, numbers: Tensor, known: Tensor, until: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the next query to look at, and whether to ask it: else its side is new, or it is not drawn yet."""
-        places = torch.arange(AHEAD, device=rows.device)
+        places = torch.arange(AHEAD)
         first, until = first[rows].unsqueeze(1), until[rows].unsqueeze(1)
         dead = known.flatten()[rows.unsqueeze(1) * known.shape[1] + numbers[rows]]
         beyond = places >= until - first

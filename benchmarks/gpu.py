@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from ensemble.cases import Case, Subject, subject
-from ensemble.games import play
+from ensemble.games import play, play_plainly
 from ensemble.style import Style
 from pairing import discordant
 from torch import Tensor
@@ -55,6 +55,8 @@ def net(backbone: str, epochs: int) -> Case:
 
 NETS = {case.name: case for case in (net("resnet18", 6), net("wrn34_10", 2))}
 STYLES = {s.way("")[2:] or "fp32": s for s in (Style(), Style("bf16"), Style("bf16", compile=True))}
+#: A way too: a roster's attacks driven without arena's engine, eagerly, in fp32.
+PLAIN = "plain"
 
 
 class Telling(Silent):
@@ -127,6 +129,11 @@ def measure(given: argparse.Namespace, found: dict[str, Any], keep: Callable[[],
             case = net(name, given.epochs)
         held = subject(case, 0, given.n, given.cifar, known, Telling(), device=given.device)
         for way in given.ways:
+            if way == PLAIN:
+                for entry in given.vs:
+                    asked = {"net": case.says, "way": way, "entry": entry, "n": given.n}
+                    add(found["matches"], asked, partial(plainly, held, entry, known, given.device), keep)
+                continue
             style = replace(STYLES[way], device=given.device)
             asked = {"net": case.says, "way": way}
             add(found["ceilings"], asked, partial(ceiling, held, style), keep)
@@ -148,6 +155,13 @@ def add(
 def match(held: Subject, entry: str, style: Style, known: Registry) -> dict[str, Any]:
     """Play an entry once, whole, without its audit."""
     return play(held, entry, style, 0, torch.get_num_threads(), known, watch=Telling())
+
+
+def plainly(held: Subject, entry: str, known: Registry, device: str) -> dict[str, Any]:
+    """Drive a roster's attacks without arena's engine."""
+    made = play_plainly(held, entry, 0, torch.get_num_threads(), known, device)
+    del made["bare"]  # a look at bare passes does not wait for a GPU
+    return made
 
 
 def settings() -> dict[str, str]:
@@ -193,7 +207,8 @@ def page(found: dict[str, Any]) -> str:
             "One match each, the audit left out. *Stand* are points that no attack broke, of those that are naturally "
             "correct. *Share* is the time that the passes take at the ceiling (best batch), over the seconds of the "
             "attacks. Seconds per 1,000 points are those of the attacks over the naturally correct points; *whole* is "
-            "the match with its check, timing, recording, compiling and referee."
+            "the match with its check, timing, recording, compiling and referee. *plain* is no match: the same "
+            "attacks driven one after the other, eagerly, in fp32, broken points not dropped."
         ),
         "",
         "| net | search | entry | stand | forwards + backwards | passes a second | share | seconds | a 1,000 | whole |",
@@ -205,17 +220,20 @@ def page(found: dict[str, Any]) -> str:
         lines.append(
             f"| {row['net']} | {row['way']} | `{row['entry']}` | {met - int(broken.sum())} of {met} "
             f"| {row['forwards']:,} + {row['backwards']:,} | {passes / row['seconds']:,.0f} "
-            f"| {at_ceiling(found, row) / row['seconds']:.0%} | {row['seconds']:.1f} "
+            f"| {share(found, row)} | {row['seconds']:.1f} "
             f"| {1000 * row['seconds'] / met:.1f} | {row['whole']:.1f} |"
         )
     return "\n".join([*lines, "", *compared(found["matches"])])
 
 
-def at_ceiling(found: dict[str, Any], row: dict[str, Any]) -> float:
-    """Return the seconds that a match's passes take at the batch size at which they are fastest."""
-    (best,) = (r for r in found["ceilings"] if (r["net"], r["way"]) == (row["net"], row["way"]))
-    forward, both = (max(at[key] for at in best["rows"]) for key in ("forward", "both"))
-    return float((row["forwards"] - row["backwards"]) / forward + row["backwards"] / both)
+def share(found: dict[str, Any], row: dict[str, Any]) -> str:
+    """Return of a match's seconds the share that its passes take at the batch size at which they are fastest."""
+    best = [r["rows"] for r in found["ceilings"] if (r["net"], r["way"]) == (row["net"], row["way"])]
+    if not best:
+        return "-"
+    forward, both = (max(at[key] for at in best[0]) for key in ("forward", "both"))
+    least = (row["forwards"] - row["backwards"]) / forward + row["backwards"] / both
+    return f"{least / row['seconds']:.0%}"
 
 
 def compared(matches: list[dict[str, Any]]) -> list[str]:
@@ -224,7 +242,8 @@ def compared(matches: list[dict[str, Any]]) -> list[str]:
     pairs = [
         ((name, way, entry, n), (name, other, second, n))
         for name, way, entry, n in by
-        for other, second in (("fp32", entry), (way, "autoattack"))
+        if way != PLAIN
+        for other, second in (("fp32", entry), (way, "autoattack"), (PLAIN, entry))
         if (name, other, second, n) in by and (way, entry) != (other, second)
     ]
     lines = [
@@ -265,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--nets", default=",".join(NETS))
-    parser.add_argument("--ways", default=";".join(STYLES), help="how to search, joined by semicolons")
+    parser.add_argument("--ways", default=";".join(STYLES), help=f"how to search, joined by semicolons; also: {PLAIN}")
     parser.add_argument("--vs", default=",".join(ROSTERS))
     parser.add_argument("--epochs", type=int, help="of the training, instead of each net's own")
     parser.add_argument("-n", type=int, default=1000, help="points")
@@ -276,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.page:
             print(page(json.loads(given.page.read_text())))
             return 0
-        given.nets, given.ways = chosen("--nets", given.nets, NETS), chosen("--ways", given.ways, STYLES)
+        given.nets, given.ways = chosen("--nets", given.nets, NETS), chosen("--ways", given.ways, [*STYLES, PLAIN])
         given.vs = list(split(given.vs))
         found = {"ceilings": [], "matches": []}
         if given.o and given.o.exists():

@@ -164,7 +164,7 @@ def test_a_long_match_times_more_sizes(timed):
         asked.append(rows)
         return rows * 1e-3
 
-    assert measure(timed(rule), X).batch_size == 32
+    assert measure(timed(rule), X).batch_size == pace.UNTRIED
     assert set(asked) == {8, 32}
     asked.clear()
     assert measure(timed(rule), X, passes=(10**7, 10**7)).batch_size == 304  # hours: worth seconds
@@ -173,6 +173,20 @@ def test_a_long_match_times_more_sizes(timed):
     hours = timed(lambda rows, grad: asked.append(rows) or rows * 0.1)  # 3 s a pass
     assert measure(hours, X, passes=(10**9, 10**9)).batch_size == 32
     assert set(asked) == {8}
+
+
+def test_where_no_time_is_left_an_untried_size_fits_memory_and_goes_on_where_sizes_gained(timed, monkeypatch):
+    slow = timed(lambda rows, grad: rows * 2e-3)  # a pair of 32 rows takes longer than all sizes may
+    assert measure(slow, X).batch_size == pace.UNTRIED
+    a_row = memory_of_a_row(slow, X[:8])
+    monkeypatch.setattr(pace, "free_memory", lambda _device: a_row * 100 / pace.SHARE)
+    assert measure(slow, X).batch_size == 96
+    assert measure(slow, X[:70]).batch_size == 72  # all points in one batch
+    monkeypatch.setattr(pace, "free_memory", lambda _device: a_row * 10 / pace.SHARE)
+    assert measure(slow, X).batch_size == 32
+    monkeypatch.undo()
+    costs = {8: 2e-4, 32: 2e-4, 64: 2.2e-4}
+    assert measure(timed(lambda rows, grad: rows * costs[rows]), X).batch_size == 32  # 64 were no better
 
 
 def test_in_a_long_match_what_was_disturbed_is_timed_again(timed):

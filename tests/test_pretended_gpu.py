@@ -57,8 +57,10 @@ path = "gate"
 def same(record, other):
     """Compare what must not depend on the device."""
     for one, two in zip(record["attacks"], other["attacks"], strict=True):
-        for key in ("name", "status", "error", "attempted", "broken", "forwards", "backwards"):
+        for key in ("name", "status", "error", "attempted", "broken", "backwards"):
             assert one[key] == two[key], (one["name"], key)
+        more = one["name"].startswith("square")  # which asks a GPU for all, and passes over what a CPU need not answer
+        assert two["forwards"] >= one["forwards"] if more else two["forwards"] == one["forwards"], one["name"]
     assert record["worst_case"] == other["worst_case"]
     assert record["audit"]["verdict"] == other["audit"]["verdict"]
     assert record["diagnosis"] == other["diagnosis"]

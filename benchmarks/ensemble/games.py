@@ -104,15 +104,18 @@ def play(
     }
 
 
-def play_plainly(subject: Subject, entry: str, seed: int, threads: int, registry: Registry) -> dict[str, Any]:
+def play_plainly(
+    subject: Subject, entry: str, seed: int, threads: int, registry: Registry, device: str = "cpu"
+) -> dict[str, Any]:
     """Drive a roster's attacks over the survivors, one after the other, on the eager model in fp32."""
-    contender, x, y, index = subject.obtain(), subject.x, subject.y, subject.index
+    contender = subject.obtain()
+    x, y, index = (part.to(device) for part in (subject.x, subject.y, subject.index))
     (group,) = line_up((entry,), registry, Surface(), subject.threat, subject.images.n_classes)
     with on_threads(threads):
         began = timed(lambda: None)
         whole = time.perf_counter()
-        target = Target(contender.build(), Surface(), subject.images.n_classes, BATCH)
-        referee = Referee(contender.build(), subject.threat)
+        target = Target(contender.build().to(device), Surface(), subject.images.n_classes, BATCH, device)
+        referee = Referee(contender.build().to(device), subject.threat, device=device)
         bare = Bare.of(target, x, BATCH)
         bare.look()
         natural = referee.score(x, y, index).predicted == y
@@ -182,7 +185,7 @@ def play_in_turn(
     """Play an entry, and time bare passes of the same search copy at the same batch size before and after."""
     contender, x = subject.obtain(), subject.x
     few = small("cpu", contender.parameters, subject.images.shape)
-    met = torch.ones(len(x), dtype=torch.bool)
+    met = subject.right()
     with on_threads(threads), one_thread(few):
         running = style.running(shared=False)
         search = Search(contender.build, contender.surface, subject.images.n_classes, x, met, running)
@@ -207,7 +210,7 @@ def play_among_looks(
     """
     contender, x = subject.obtain(), subject.x
     few = small("cpu", contender.parameters, subject.images.shape)
-    met = torch.ones(len(x), dtype=torch.bool)
+    met = subject.right()
     with on_threads(threads), one_thread(few):
         running = EAGERLY.running()
         search = Search(contender.build, contender.surface, subject.images.n_classes, x, met, running, LONG)

@@ -59,9 +59,9 @@ def drive(attack: IteratedAttack, name: str, target: Target, x: Tensor, y: Tenso
     Raises:
         ArenaError: an attack that has no runs.
     """
-    made = Driven(x.clone(), finished=torch.zeros(len(y), dtype=torch.bool))
+    made = Driven(x.clone(), finished=torch.zeros_like(y, dtype=torch.bool))
     runs, length = shape(attack, name)
-    for rows in torch.arange(len(y)).split(BATCH):
+    for rows in torch.arange(len(y), device=y.device).split(BATCH):
         at, state = rows, _begin(attack, target, x[rows], y[rows], index[rows])
         for _ in range(runs):
             for _ in range(length):
