@@ -1,4 +1,4 @@
-"""How fast a search copy's bare passes are, and at which batch size: measured once a match, in 0.2 to 5 seconds.
+"""How fast a search copy's bare passes are, and at which batch size: measured once a match, in 0.2 to 10 seconds.
 
 Out of it come the batch size, the time told before the start (``arena.cost``), and the bare cost of an attack: what its
 forwards and backwards would have taken with nothing around them. A result's seconds over its bare seconds is the
@@ -31,12 +31,12 @@ PASSES, MOST, A_SIZE = 2, 12, 0.01
 TURNS = 6
 #: Seconds in which all sizes are tried, or a share of what the match can take, up to so many seconds. What a first
 #: batch of ``STEP`` rows takes is not among them.
-ENOUGH, WORTH, TOO_LONG = 0.2, 0.002, 5.0
+ENOUGH, WORTH, TOO_LONG = 0.2, 0.002, 10.0
 #: Seconds that an attack's and the engine's own work takes for each batch, as measured on digits with square; so a
 #: small model's batches are large.
 OWN = 1e-3
 #: Where that time is over, a batch may have so many rows untried, as far as memory goes and a gradient of them takes no
-#: longer than ``A_STEP``: up to there a row has cost the less the larger the batch was (9 % from 32 to 128 rows, ResNet).
+#: longer than ``A_STEP``: up to there a row cost less in larger batches (ResNet-18: 9 % less at 128 rows than at 32).
 UNTRIED = 128
 #: Seconds that a row's gradient may add up to over all rows at work: between two steps nothing is kept and nobody looks
 #: at the clock.
@@ -72,10 +72,11 @@ class Pace:
 def measure(target: Target, x: Tensor, batch_size: int | None = None, passes: tuple[int, int] = (0, 0)) -> Pace | None:
     """Measure a target's bare passes on images (N, C, H, W), at the given batch size or at the best.
 
-    The best is the one with the most rows a second among ``SIZES`` up to N that fit into memory and into the time; where
-    the time is over while sizes still gain, ``UNTRIED`` rows. Sets the target's batch size. Where the time does not
-    reach up to it, the passes of the largest batch that was timed stand for it. Nothing is counted, and the global generator is left as it was. ``passes`` are the most forwards and
-    backwards of the match: for a long one more sizes are tried.
+    The best is the one with the most rows a second among ``SIZES`` up to N that fit into memory and into the time;
+    where the time is over while sizes still gain, it is ``UNTRIED`` rows. The passes of the largest batch that was
+    timed stand for those of a batch, chosen or given, that the time did not reach. Sets the target's batch size.
+    Nothing is counted, and the global generator is left as it was. ``passes`` are the most forwards and backwards of
+    the match: for a long one more sizes are tried.
 
     Returns:
         The pace; None for a model that cannot be measured, say because its gradient raises: it gets the default size.

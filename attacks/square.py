@@ -60,7 +60,7 @@ class Square:
     A proposal costs a forward, unless its answer is known: where squares are so few that they come again (Linf), those
     that change nothing, or that were refused and meet the same point, are passed over (``attacks.square_memory``). That
     changes no outcome. A random model is asked for all: its answers differ, and the engine tells by a row's passes
-    whether a lucky draw let it go. On a GPU all are asked too: to find the next proposal takes longer there than passes.
+    whether a lucky draw let it go. On a GPU all are asked too: passes take less there than finding the next.
     """
 
     needs_clean = False

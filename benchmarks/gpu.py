@@ -57,6 +57,7 @@ NETS = {case.name: case for case in (net("resnet18", 6), net("wrn34_10", 2))}
 STYLES = {s.way("")[2:] or "fp32": s for s in (Style(), Style("bf16"), Style("bf16", compile=True))}
 #: A way too: a roster's attacks driven without arena's engine, eagerly, in fp32.
 PLAIN = "plain"
+PLAINLY = " *plain* is no match: the same attacks driven one after the other, eagerly, in fp32."
 
 
 class Telling(Silent):
@@ -207,8 +208,9 @@ def page(found: dict[str, Any]) -> str:
             "One match each, the audit left out. *Stand* are points that no attack broke, of those that are naturally "
             "correct. *Share* is the time that the passes take at the ceiling (best batch), over the seconds of the "
             "attacks. Seconds per 1,000 points are those of the attacks over the naturally correct points; *whole* is "
-            "the match with its check, timing, recording, compiling and referee. *plain* is no match: the same "
-            "attacks driven one after the other, eagerly, in fp32, broken points not dropped."
+            "the match with its check, timing, recording, compiling and referee."
+            + any(row["way"] == PLAIN for row in found["matches"])
+            * PLAINLY
         ),
         "",
         "| net | search | entry | stand | forwards + backwards | passes a second | share | seconds | a 1,000 | whole |",

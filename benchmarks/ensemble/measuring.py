@@ -28,9 +28,10 @@ from .style import Style
 #: Square with squares that reach the last row and column, which its own never do.
 MEMBERS = (("apgd_ce", ""), ("apgd_t", ""), ("fab_t", ""), ("square", ""), ("square", "to the rim"))
 #: What the overhead is measured on, and in how many turns at least.
-PGD_STEPS, PGD_TURNS = 20, 5
+PGD_STEPS, PGD_TURNS = 20, 9
 #: And how.
-AMONG_LOOKS, IN_HALF = "bare passes timed all through", "bare passes timed all through, half of the time"
+AMONG_LOOKS = "bare passes of a batch that a match may have, timed all through"
+IN_HALF = f"{AMONG_LOOKS}, half of the time"
 #: Whole evaluations: the two rosters, the full one driven plainly, and the reference.
 WAYS = ("fast", "full", "plain", "reference")
 #: The overhead's peers.
