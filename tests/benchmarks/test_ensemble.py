@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from arena.attack import Setup
+from arena.batches import padded
 from arena.checkpoints import snapshot
 from arena.contender import Contender
 from arena.datasets import to_float
@@ -38,6 +39,7 @@ from ensemble.cells import Cells
 from ensemble.peer import Counted
 from loading import as_module
 from made_up import SETTINGS, cell
+from pretended_gpu import pretended_gpu
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "ensemble.py"
 K = 6
@@ -179,6 +181,23 @@ def test_a_match_and_the_plain_driver_give_cells_of_one_form(means, monkeypatch,
     assert [a["attempted"] for a in driven["attacks"]] == [int(runs[0].natural.sum())]
     assert json.loads(json.dumps([played, turned, driven, looked]))
     assert not list((arena_home / "examples").glob("*"))  # nothing is left behind
+
+
+@pytest.mark.parametrize("entry", ["apgd_t(steps=4,targets=2)", "square(queries=200)"])
+def test_the_plain_driver_finds_on_a_gpu_what_it_finds_on_a_cpu(means, monkeypatch, arena_home, entry):
+    monkeypatch.setattr(bare, "A_LOOK", 0.0)
+    here = games.play_plainly(means, entry, 0, 1, registry())
+    with pretended_gpu():
+        there = games.play_plainly(means, entry, 0, 1, registry(), "cuda")
+    assert here["attacks"][0]["broken"]
+    assert all(there[k] == here[k] for k in ("natural", "broken", "forwards", "backwards"))
+
+
+def test_bare_passes_are_of_a_batch_that_the_match_may_have(means, monkeypatch, arena_home):
+    monkeypatch.setattr(bare, "A_LOOK", 0.0)
+    right = int(means.right().sum())
+    assert right < len(means.index)
+    assert games.play_among_looks(means, "apgd_ce(steps=3)", 0, 1, registry())["batch_size"] <= padded(right)
 
 
 @pytest.mark.parametrize(
