@@ -97,7 +97,7 @@ def _measured(target: Target, x: Tensor, wanted: int | None, passes: tuple[int, 
     small = _timed(target, x, STEP, ENOUGH, 0.0)
     enough = max(ENOUGH, min(WORTH * small.pace.bare(*passes), TOO_LONG))
     last, spent, full, over = small, 0.0, 0, False
-    limit, a_row = float("inf"), 0.0
+    room = 0.0
     found: list[_Timed] = []
     for size in (*(s for s in SIZES if s < most), most):
         if wanted is None and found and found[-1].cost > HOPELESS * min(f.cost for f in found):
@@ -106,9 +106,9 @@ def _measured(target: Target, x: Tensor, wanted: int | None, passes: tuple[int, 
         if over:
             break
         try:
-            if wanted is None and not a_row:
-                limit, a_row = SHARE * free_memory(target.device), memory_of_a_row(target, x[:STEP])
-            if a_row * size > limit:
+            if wanted is None:
+                room = room or _room(target, x)
+            if wanted is None and size > room:
                 full = size
                 break
             last = _timed(target, x, size, enough, spent)
@@ -129,17 +129,17 @@ def _measured(target: Target, x: Tensor, wanted: int | None, passes: tuple[int, 
     least = min((f.cost for f in found), default=0.0)
     best = ([f for f in found if f.cost <= least * NO_SLOWER] or [small])[-1]
     if over and best is last:
-        size = max(best.size, min(SIZES[0], most))
-        return replace(best.pace, batch_size=max(size, _untried(target, x, best.pace, most)))
+        rows = min(UNTRIED, most, int(A_STEP / best.pace.both))
+        if rows > SIZES[0]:
+            rows = int(min(rows, room or _room(target, x)))
+        rows = rows if rows == most else rows // SIZES[0] * SIZES[0]
+        return replace(best.pace, batch_size=max(best.size, min(SIZES[0], most), rows))
     return best.pace
 
 
-def _untried(target: Target, x: Tensor, known: Pace, most: int) -> int:
-    """Return how many rows a batch may have that was not tried, from what smaller ones cost."""
-    rows = min(UNTRIED, most, int(A_STEP / known.both))
-    if rows > SIZES[0]:
-        rows = min(rows, int(SHARE * free_memory(target.device) / memory_of_a_row(target, x[:STEP])))
-    return rows if rows == most else rows // SIZES[0] * SIZES[0]
+def _room(target: Target, x: Tensor) -> float:
+    """Return how many rows fit into the memory that a batch may take."""
+    return SHARE * free_memory(target.device) / max(memory_of_a_row(target, x[:STEP]), 1.0)
 
 
 @dataclass

@@ -130,17 +130,16 @@ def measure(given: argparse.Namespace, found: dict[str, Any], keep: Callable[[],
             case = net(name, given.epochs)
         held = subject(case, 0, given.n, given.cifar, known, Telling(), device=given.device)
         for way in given.ways:
-            if way == PLAIN:
-                for entry in given.vs:
-                    asked = {"net": case.says, "way": way, "entry": entry, "n": given.n}
-                    add(found["matches"], asked, partial(plainly, held, entry, known, given.device), keep)
-                continue
-            style = replace(STYLES[way], device=given.device)
             asked = {"net": case.says, "way": way}
-            add(found["ceilings"], asked, partial(ceiling, held, style), keep)
+            if way == PLAIN:
+                once = partial(plainly, held, given.device, known)
+            else:
+                style = replace(STYLES[way], device=given.device)
+                add(found["ceilings"], asked, partial(ceiling, held, style), keep)
+                once = partial(match, held, style, known)
             for entry in given.vs:
                 asked = {**asked, "entry": entry, "n": given.n}
-                add(found["matches"], asked, partial(match, held, entry, style, known), keep)
+                add(found["matches"], asked, partial(once, entry), keep)
 
 
 def add(
@@ -153,12 +152,12 @@ def add(
         print(f"  {json.dumps(rows[-1])[:300]}", file=sys.stderr, flush=True)
 
 
-def match(held: Subject, entry: str, style: Style, known: Registry) -> dict[str, Any]:
+def match(held: Subject, style: Style, known: Registry, entry: str) -> dict[str, Any]:
     """Play an entry once, whole, without its audit."""
     return play(held, entry, style, 0, torch.get_num_threads(), known, watch=Telling())
 
 
-def plainly(held: Subject, entry: str, known: Registry, device: str) -> dict[str, Any]:
+def plainly(held: Subject, device: str, known: Registry, entry: str) -> dict[str, Any]:
     """Drive a roster's attacks without arena's engine."""
     made = play_plainly(held, entry, 0, torch.get_num_threads(), known, device)
     del made["bare"]  # a look at bare passes does not wait for a GPU
@@ -174,6 +173,7 @@ def settings() -> dict[str, str]:
 def page(found: dict[str, Any]) -> str:
     """Write what was measured as Markdown."""
     head, told = found["card"], found["settings"]
+    plain = PLAINLY if any(row["way"] == PLAIN for row in found["matches"]) else ""
     lines = [
         f"# {head['name']}",
         "",
@@ -208,9 +208,7 @@ def page(found: dict[str, Any]) -> str:
             "One match each, the audit left out. *Stand* are points that no attack broke, of those that are naturally "
             "correct. *Share* is the time that the passes take at the ceiling (best batch), over the seconds of the "
             "attacks. Seconds per 1,000 points are those of the attacks over the naturally correct points; *whole* is "
-            "the match with its check, timing, recording, compiling and referee."
-            + any(row["way"] == PLAIN for row in found["matches"])
-            * PLAINLY
+            "the match with its check, timing, recording, compiling and referee." + plain
         ),
         "",
         "| net | search | entry | stand | forwards + backwards | passes a second | share | seconds | a 1,000 | whole |",

@@ -184,6 +184,8 @@ def test_where_no_time_is_left_an_untried_size_fits_memory_and_goes_on_where_siz
     assert measure(slow, X[:70]).batch_size == 72  # all points in one batch
     monkeypatch.setattr(pace, "free_memory", lambda _device: a_row * 10 / pace.SHARE)
     assert measure(slow, X).batch_size == 32
+    monkeypatch.setattr(pace, "memory_of_a_row", lambda _target, _x: 0.0)
+    assert measure(slow, X).batch_size == pace.UNTRIED  # a model that keeps nothing for its backward
     monkeypatch.undo()
     costs = {8: 2e-4, 32: 2e-4, 64: 2.2e-4}
     assert measure(timed(lambda rows, grad: rows * costs[rows]), X).batch_size == 32  # 64 were no better

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from arena.attack import Setup
-from arena.batches import padded
 from arena.checkpoints import snapshot
 from arena.contender import Contender
 from arena.datasets import to_float
@@ -193,11 +192,15 @@ def test_the_plain_driver_finds_on_a_gpu_what_it_finds_on_a_cpu(means, monkeypat
     assert all(there[k] == here[k] for k in ("natural", "broken", "forwards", "backwards"))
 
 
-def test_bare_passes_are_of_a_batch_that_the_match_may_have(means, monkeypatch, arena_home):
+def test_the_batch_of_bare_passes_is_chosen_for_the_points_that_attacks_meet(means, monkeypatch, arena_home):
     monkeypatch.setattr(bare, "A_LOOK", 0.0)
-    right = int(means.right().sum())
-    assert right < len(means.index)
-    assert games.play_among_looks(means, "apgd_ce(steps=3)", 0, 1, registry())["batch_size"] <= padded(right)
+    met, search = [], games.Search
+    monkeypatch.setattr(games, "Search", lambda *given: met.append(given[4]) or search(*given))
+    right = means.right()
+    assert not right.all()
+    for play in (games.play_in_turn, games.play_among_looks):
+        play(means, "apgd_ce(steps=3)", 0, 1, registry())
+        assert torch.equal(met.pop(), right)
 
 
 @pytest.mark.parametrize(
