@@ -119,7 +119,7 @@ _APGD = (
             "fade": Option(0.55, "by which hope shrinks each round, above 0 to 1", low=1e-3, high=1),
         },
         gives_up=True,
-        version="2",
+        version="3",
     ),
 )
 

@@ -7,7 +7,8 @@ best points of an Linf ball lie, and gradients lead past many of them.
 
 Whether a point may still fall is judged by itself alone. Its gap is how much the best point lacks to a mistake, its
 gain how much the attack has won so far, both in the margin of the logits; the next round is played while
-gap <= hope * fade^(round - 1) * gain. So the scale of the logits, the radius and the data set play no part.
+gap <= hope * fade^(round - 1) * gain. A point leaves the look before its end where even ``YET`` times that for each
+step still to come is less than its gap. So the scale of the logits, the radius and the data set play no part.
 
 The climbs of a round go side by side, and so do proposals: few points get rounds, and one at a time would make
 batches of a few rows, whose passes cost a multiple.
@@ -27,6 +28,10 @@ from arena.objectives import margin
 from .apgd import FIRST_STEP, Apgd
 from .steps import TINY, lengths, rows, surface_start
 
+#: By how much more may be hoped for each step of the look that is still to come, its proposals counted as one.
+YET = 1.6
+#: The first step of the look, from 0, at which a point may leave.
+SETTLED = 2
 #: First step of the climb that starts at the best point, as a multiple of eps.
 WARM_STEP = 0.25
 #: Random numbers of proposals are drawn under this restart, which no climb reaches.
@@ -125,7 +130,7 @@ class Staged(Apgd):
         new["tried"] = state["tried"] + (new["left"] > 0)
         over = ~climbing & (new["left"] == 0)
         new["round"] = state["round"] + over
-        new["done"] = broken | (over & ~self._promising(new))
+        new["done"] = broken | (over & ~self._promising(new)) | (climbing & first & self._hopeless(new, state["step"]))
         self._put(new, over & ~new["done"], self._begin)
         self._put(new, new["left"] > 0, self._propose)
         return new
@@ -155,8 +160,17 @@ class Staged(Apgd):
     def _promising(self, state: State) -> Tensor:
         """Tell (N,) which rows get another round."""
         hope = self.hope * self.fade ** (state["round"] - 1).to(torch.float32)
-        gain = (state["led"] - state["begun"]).clamp_min(TINY)  # so that all the hope is enough for any gap
-        return (-state["led"] <= hope * gain) & (state["round"] <= self.rounds)
+        return (-state["led"] <= hope * self._gain(state)) & (state["round"] <= self.rounds)
+
+    def _hopeless(self, state: State, step: Tensor) -> Tensor:
+        """Tell (N,) which rows of the look may leave at the ``step`` (N,) of it just seen, from 0."""
+        hope = self.hope * YET ** (self.look + 1 - step).to(torch.float32)
+        return (-state["led"] > hope * self._gain(state)) & (step >= SETTLED)
+
+    @staticmethod
+    def _gain(state: State) -> Tensor:
+        """Return the margin (N,) won so far, above 0 so that all the hope is enough for any gap."""
+        return (state["led"] - state["begun"]).clamp_min(TINY)
 
     @staticmethod
     def _put(new: State, mask: Tensor, make: Callable[[State], State]) -> None:

@@ -53,4 +53,4 @@ def test_foreign_classes_resolve_and_misspelt_ones_name_the_nearest():
 def test_a_question_knows_versions():
     assert describe(("autoattack", "pgd"), registry())[0][0] == "autoattack"
     assert all(len(row) == 3 for row in describe(("autoattack", "adaptive", "pgd"), registry()))
-    assert [describe((name,), registry())[0][2] for name in ("pgd", "staged")] == ["", "2"]
+    assert [describe((name,), registry())[0][2] for name in ("pgd", "staged")] == ["", "3"]

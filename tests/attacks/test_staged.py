@@ -47,12 +47,15 @@ def sloped(attack, slopes, gaps, n=8, **more):
     return played(attack, Slopes(slopes, gaps, **more), len(slopes) + 1, n)
 
 
-def test_hopeless_points_get_the_first_look_alone():
-    # the ball moves a row's mean by 0.1, so a gap of 5 with a slope of 1 is out of reach of every class
-    _, outcome, predicted = sloped(lambda s: staged(s, lanes=4, look=5, glance=2), [1.0] * 5, [5.0] * 5)
+@pytest.mark.parametrize(
+    ("lacks", "steps", "proposals"), [(50.0, 3, 0), (1.9, 3, 0), (1.5, 4, 0), (0.9, 5, 0), (0.5, 6, 0), (0.4, 6, 2)]
+)
+def test_a_point_leaves_the_look_where_the_steps_to_come_cannot_make_up_what_it_lacks(lacks, steps, proposals):
+    # the first step wins all there is, 0.1 * the slope; what is left to a mistake is so many times that
+    _, outcome, predicted = sloped(lambda s: staged(s, lanes=4, look=5, glance=2), [1.0] * 5, [0.1 * (1 + lacks)] * 5)
     assert (predicted == 0).all()
-    assert outcome.forwards.tolist() == [4 * (6 + 2)] * 8
-    assert outcome.backwards.tolist() == [4 * 6] * 8
+    assert outcome.forwards.tolist() == [4 * (steps + proposals)] * 8
+    assert outcome.backwards.tolist() == [4 * steps] * 8
     assert bool(outcome.attempted.all())
 
 
