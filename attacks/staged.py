@@ -132,7 +132,7 @@ class Staged(Apgd):
         new["round"] = state["round"] + over
         new["done"] = broken | (over & ~self._promising(new)) | (climbing & first & self._hopeless(new, state["step"]))
         self._put(new, over & ~new["done"], self._begin)
-        self._put(new, new["left"] > 0, self._propose)
+        self._put(new, (new["left"] > 0) & ~new["done"], self._propose)
         return new
 
     def _climbed(self, state: State, answer: Answer) -> State:
